@@ -1,0 +1,35 @@
+"""rectify: decoding-time detoxification of language models by dead-end analysis."""
+
+from rectify.errors import (
+    CheckpointError,
+    InvalidArgumentError,
+    PromptError,
+    RectifyError,
+    VocabularyMismatchError,
+)
+from rectify.hub import checkpoint_folder
+from rectify.processor import RectificationProcessor, Statistics
+from rectify.q_network import DeadEndQNetwork, QConfig, token_risks
+from rectify.rule import Advantage, Cap, Mask, Rule, Tilt, make_rule
+from rectify.version import __version__
+
+__all__ = [
+    "Advantage",
+    "Cap",
+    "CheckpointError",
+    "DeadEndQNetwork",
+    "InvalidArgumentError",
+    "Mask",
+    "PromptError",
+    "QConfig",
+    "RectificationProcessor",
+    "RectifyError",
+    "Rule",
+    "Statistics",
+    "Tilt",
+    "VocabularyMismatchError",
+    "__version__",
+    "checkpoint_folder",
+    "make_rule",
+    "token_risks",
+]

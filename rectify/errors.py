@@ -1,0 +1,21 @@
+"""The one error tree: every message names the argument, the value it got, and the remedy."""
+
+
+class RectifyError(Exception):
+    """Anything that rectify refuses to do; the parent of every error that it raises on purpose."""
+
+
+class InvalidArgumentError(RectifyError, ValueError):
+    """An argument outside its range or of the wrong form."""
+
+
+class CheckpointError(RectifyError, OSError):
+    """A path or Hub id that holds no usable model or Q network."""
+
+
+class VocabularyMismatchError(RectifyError, ValueError):
+    """Two parts that must share token ids do not."""
+
+
+class PromptError(RectifyError, ValueError):
+    """A prompt, or a line of a prompts file, that cannot be used."""

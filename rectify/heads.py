@@ -1,0 +1,89 @@
+"""Vocabulary heads: from a trunk's hidden state to the dead-end value of every next token, `Q(s, a) ∈ [−1, 0]`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LowRankHead(nn.Module):
+    """`−Q(s,a) = σ(P z · E[a] + b[a] + v(z))` with `z` a normalised hidden state after a small residual MLP.
+
+    `E` is `[V, rank]` and starts from the trunk's token embeddings; `P` and `v` start at zero, so that every value starts
+    at `−base_rate`. GPT-2's vocabulary at rank 64 costs 3.3 M parameters; the published head has 78 M.
+
+    Args:
+        hidden_size: width of the trunk.
+        vocab_size: number of tokens V.
+        rank: width of the token factors.
+        mlp_size: width of the residual MLP; 0 leaves it out.
+        base_rate: toxicity probability at the start, in (0, 1).
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, rank: int, mlp_size: int, base_rate: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.mlp = (
+            nn.Sequential(nn.Linear(hidden_size, mlp_size), nn.GELU(), nn.Linear(mlp_size, hidden_size))
+            if mlp_size
+            else None
+        )
+        self.project = nn.Linear(hidden_size, rank, bias=False)
+        self.value = nn.Linear(hidden_size, 1)
+        self.tokens = nn.Linear(rank, vocab_size)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.value.weight)
+        nn.init.constant_(self.value.bias, math.log(base_rate / (1 - base_rate)))
+        nn.init.zeros_(self.tokens.bias)
+
+    @torch.no_grad()
+    def start_from_embeddings(self, embeddings: Tensor) -> None:
+        """Set the token factors to the `[V, hidden_size]` embeddings in their first principal axes, at unit scale."""
+        weight = embeddings.detach().to(torch.float32)
+        centred = weight - weight.mean(0)
+        axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(-1)[:, : self.tokens.in_features]
+        factors = centred @ axes
+        self.tokens.weight.zero_()
+        self.tokens.weight[:, : factors.shape[-1]] = factors / factors.square().mean().sqrt().clamp_min(1e-12)
+
+    def _state(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.norm(hidden)
+        if self.mlp is not None:
+            z = z + self.mlp(z)
+        return self.project(z), self.value(z)
+
+    def risk_logits(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
+        """Logits of the risk `−Q`, float32: `[..., V]`, or `[...]` of one action each."""
+        state, value = self._state(hidden)
+        if actions is None:
+            return (self.tokens(state) + value).float()
+        chosen = (state * F.embedding(actions, self.tokens.weight)).sum(-1) + self.tokens.bias[actions]
+        return (chosen + value.squeeze(-1)).float()
+
+    def forward(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
+        """`Q` of `[..., hidden_size]` states, float32: `[..., V]`, or `[...]` for `actions` `[...]`."""
+        return -self.risk_logits(hidden, actions).sigmoid()
+
+
+class PublishedHead(nn.Module):
+    """The head of the published system, `Linear(d, 2d) → ReLU → Linear(2d, V)`, its output clipped to [−1, 0].
+
+    Source: `mcao516/rectification-lm`; there the range is imposed on the training target only.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(hidden_size, 2 * hidden_size)
+        self.tokens = nn.Linear(2 * hidden_size, vocab_size)
+
+    def forward(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
+        """`Q` of `[..., hidden_size]` states, float32: `[..., V]`, or `[...]` for `actions` `[...]`."""
+        state = self.inner(hidden).relu()
+        if actions is None:
+            q = self.tokens(state)
+        else:
+            q = (state * F.embedding(actions, self.tokens.weight)).sum(-1) + self.tokens.bias[actions]
+        return q.float().clamp(-1, 0)

@@ -1,0 +1,221 @@
+"""The processor that rectifies a model while `generate` runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from rectify.errors import InvalidArgumentError, VocabularyMismatchError
+from rectify.prefix_memo import MASKED, PrefixMemo
+from rectify.q_network import DeadEndQNetwork
+from rectify.rule import Rectified, Rule, Tilt, rectify
+from rectify.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a processor did since the last reset; a decision is one row of one call, finished rows included.
+
+    Attributes:
+        decisions: how many next-token distributions were rectified.
+        capped: tokens held at their cap or removed, over all decisions.
+        moved: total variation distance to the base policy, summed over decisions.
+        widened: decisions whose truncated support was infeasible, and the whole policy was used.
+        dead_ends: decisions for which no policy is feasible.
+    """
+
+    decisions: int
+    capped: int
+    moved: float
+    widened: int
+    dead_ends: int
+
+
+class RectificationProcessor(LogitsProcessor):
+    """Rectifies next-token scores with a dead-end Q network.
+
+    For `model.generate(..., logits_processor=[processor], **processor.generate_kwargs())`. The sampling settings belong
+    to the processor, which applies them before the rule; `generate_kwargs()` switches them off in `generate`. A call is
+    a function of the prefix and the scores: one processor serves any number of prompts, one after the other, in greedy,
+    sampling, beam and assisted decoding.
+
+    Args:
+        q_network: the dead-end Q network.
+        rule: how its values change the policy.
+        model: the model to be rectified. Its vocabulary size is checked, and sampling settings that are not given are
+            taken from its generation_config.
+        tokenizer: the model's tokenizer. Its vocabulary is checked, and its padding token tells padding from text.
+        attention_mask: see `set_attention_mask`.
+        use_cache: reuse the trunk's states between calls; `False` is the slow reference.
+        **sampling: the settings of `Sampling` (`do_sample`, `temperature`, `top_k`, `top_p` …). `do_sample=False`
+            means that nothing is warped; leave it out to decide in the call of `generate`.
+
+    Raises:
+        VocabularyMismatchError: model or tokenizer have another vocabulary.
+        InvalidArgumentError: a sampling setting is out of range.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> from rectify import RectificationProcessor, checkpoint_folder
+        >>> model = AutoModelForCausalLM.from_pretrained(checkpoint_folder("pocket"))
+        >>> tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder("pocket"))
+        >>> processor = RectificationProcessor.from_pretrained("pocket-q", model=model, tokenizer=tokenizer)
+        >>> inputs = tokenizer("You are such a", return_tensors="pt")
+        >>> ids = model.generate(**inputs, logits_processor=[processor], **processor.generate_kwargs(), max_new_tokens=9)
+        >>> processor.statistics().decisions
+        9
+    """
+
+    # it needs whole prefixes, and continuous batching gives the last token only
+    supports_continuous_batching = False
+
+    def __init__(
+        self,
+        q_network: DeadEndQNetwork,
+        rule: Rule | None = None,
+        *,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = True,
+        **sampling: Any,
+    ) -> None:
+        unknown = sampling.keys() - Sampling.__dataclass_fields__.keys()
+        if unknown:
+            raise InvalidArgumentError(
+                f"{sorted(unknown)[0]} is not a sampling setting: they are {', '.join(Sampling.__dataclass_fields__)}"
+            )
+        self.q_network = q_network
+        self.rule = rule if rule is not None else Tilt()
+        self.sampling = Sampling.resolve(model.generation_config if model is not None else None, **sampling)
+        self._warpers = self.sampling.warpers(q_network.device)
+        self._memo = PrefixMemo(q_network, use_cache)
+        self._same_vocabulary = False
+        self._pad_token_id: int | None = None
+        self._pad_is_text = True
+        if tokenizer is not None:
+            if q_network.config.vocabulary is not None:
+                q_network.config.vocabulary.check(tokenizer)
+                self._same_vocabulary = True
+            self._pad_token_id = tokenizer.pad_token_id
+            self._pad_is_text = tokenizer.pad_token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+        if model is not None:
+            self._check_width(model.config.get_text_config().vocab_size)
+        self.set_attention_mask(attention_mask)
+        self.reset()
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, rule: Rule | None = None, **arguments: Any) -> RectificationProcessor:
+        """A processor with the Q network of a folder, a bundled name or a Hub id, on the model's device if one is given."""
+        model = arguments.get("model")
+        device = model.device if model is not None else None
+        return cls(DeadEndQNetwork.from_pretrained(name, device=device), rule, **arguments)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Around a call of `generate`
+
+    def generate_kwargs(self) -> dict[str, Any]:
+        """What to pass to `generate` so that no warper follows the rule, whatever the model's generation_config says."""
+        return self.sampling.generate_kwargs()
+
+    def set_attention_mask(self, attention_mask: Tensor | None) -> None:
+        """Say where the next prompts have padding; `generate` does not pass that on.
+
+        Without a mask, the tokenizer's padding tokens at the start of a row are padding. Where that token can also begin
+        a text (it is the end or the begin token as well), those that *every* row of the batch begins with are text.
+        Give the mask where this can be wrong; it holds until it is set again.
+
+        Args:
+            attention_mask: `[prompts, length]`, 0 at padding; or `None`.
+        """
+        self._attention_mask = None if attention_mask is None else attention_mask.bool()
+
+    def reset(self) -> None:
+        """Forget the statistics and all cached states (needed after the network's weights were changed)."""
+        self._memo.clear()
+        self._sums: Tensor | None = None
+        self._decisions = 0
+
+    def statistics(self) -> Statistics:
+        """What was done since the last `reset`; waits for the device once."""
+        capped, moved, widened, dead_ends = self._sums.tolist() if self._sums is not None else (0.0,) * 4
+        return Statistics(self._decisions, int(capped), moved, int(widened), int(dead_ends))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # One step
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Rectified scores: `[B, V]`, float32 or better.
+
+        Args:
+            input_ids: `[B, T]` the prefixes, left padding included.
+            scores: `[B, V]` logits or log-probabilities of the next tokens.
+
+        Raises:
+            VocabularyMismatchError: V is not the Q network's vocabulary size, and no tokenizer showed it to be the same.
+            InvalidArgumentError: the prefixes are longer than the Q network's context, or the attention mask is that of
+                other prompts.
+        """
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        q = self.next_token_q(input_ids, scores.shape[-1]).to(scores.device)
+        warped = self._warpers(input_ids, scores)
+        result = rectify(warped, q, self.rule, unwarped=scores if self.sampling.truncates else None)
+        self._count(result)
+        return result.scores
+
+    @torch.no_grad()
+    def next_token_q(self, input_ids: Tensor, vocab_size: int | None = None) -> Tensor:
+        """`Q` of every token after each prefix: `[B, T]` ids to `[B, vocab_size]` float32."""
+        self._check_width(vocab_size)
+        context = self.q_network.context
+        if context is not None and input_ids.shape[1] > context:
+            raise InvalidArgumentError(
+                f"the text is {input_ids.shape[1]} tokens long, and the Q network's context is {context}: "
+                "generate fewer tokens, or use a Q network with a longer context"
+            )
+        prefixes = input_ids.masked_fill(~self._real(input_ids), MASKED).to(self.q_network.device)
+        q = self.q_network.head(self._memo.last_hidden(prefixes))
+        # rows that pad a model's embeddings stand for no token
+        extra = 0 if vocab_size is None else vocab_size - q.shape[-1]
+        return torch.nn.functional.pad(q, (0, extra), value=-1.0) if extra else q
+
+    def _real(self, input_ids: Tensor) -> Tensor:
+        """`[B, T]` bool, False at padding."""
+        mask = self._attention_mask
+        if mask is not None:
+            (prompts, length), (rows, total) = mask.shape, input_ids.shape
+            if rows % prompts or total < length:
+                raise InvalidArgumentError(
+                    f"attention_mask is of {prompts} prompts of {length} tokens, the prefixes of {rows} rows of {total}: "
+                    "call set_attention_mask with the mask of these prompts, or with None"
+                )
+            # `generate` repeats each prompt's row for its beams and samples
+            mask = mask.to(input_ids.device).repeat_interleave(rows // prompts, dim=0)
+            return torch.nn.functional.pad(mask, (0, total - length), value=True)
+        if self._pad_token_id is None:
+            return torch.ones_like(input_ids, dtype=torch.bool)
+        leading = (input_ids == self._pad_token_id).cumprod(-1).sum(-1, keepdim=True)
+        padding = leading - leading.min() if self._pad_is_text else leading
+        padding = padding.clamp_max(input_ids.shape[1] - 1)
+        return torch.arange(input_ids.shape[1], device=input_ids.device) >= padding
+
+    def _check_width(self, vocab_size: int | None) -> None:
+        own = self.q_network.config.vocab_size
+        if vocab_size is not None and vocab_size != own and not self._same_vocabulary:
+            raise VocabularyMismatchError(
+                f"the model scores {vocab_size} tokens, the Q network {own}: use a Q network of the model's vocabulary, "
+                "or pass the tokenizer if the model's embeddings are only padded"
+            )
+
+    def _count(self, result: Rectified) -> None:
+        events = (result.capped, result.moved, result.widened, result.dead_end)
+        sums = torch.stack([event.to(torch.float32).sum() for event in events])
+        sums = sums if sums.device.type == "mps" else sums.double()  # MPS has no float64
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._decisions += result.moved.shape[0]

@@ -1,0 +1,266 @@
+"""The dead-end Q network: a causal trunk and a vocabulary head, `Q(s, a) ∈ [−1, 0]`.
+
+`−Q(s, a)` estimates the probability that the finished text is toxic when token `a` follows the prefix `s`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.heads import LowRankHead, PublishedHead
+from rectify.hub import checkpoint_folder
+from rectify.vocabulary import Fingerprint
+
+CONFIG_FILE, HEAD_FILE = "q_config.json", "head.safetensors"
+TRUNK_FOLDER, ADAPTER_FOLDER = "trunk", "adapter"
+
+
+@dataclass
+class QConfig:
+    """Everything about a Q network but its weights; saved as `q_config.json`.
+
+    Attributes:
+        vocab_size: number of tokens that the head values.
+        hidden_size: width of the trunk.
+        head: `"low_rank"`, or `"published"` for imported checkpoints.
+        rank: width of the low-rank head's token factors.
+        mlp_size: width of its residual MLP, 0 for none.
+        base_rate: toxicity probability that every value started from.
+        base_model: Hub id, folder or bundled name of the frozen trunk where only an adapter was trained; `None` where
+            the whole trunk is saved.
+        base_revision: revision of `base_model` on the Hub.
+        vocabulary: fingerprint of the tokenizer, or `None` where it is not known.
+        training: free-form record of how the weights came to be.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    head: Literal["low_rank", "published"] = "low_rank"
+    rank: int = 64
+    mlp_size: int = 0
+    base_rate: float = 0.1
+    base_model: str | None = None
+    base_revision: str | None = None
+    vocabulary: Fingerprint | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.vocabulary, dict):
+            self.vocabulary = Fingerprint(**self.vocabulary)
+        if self.head not in ("low_rank", "published"):
+            raise InvalidArgumentError(f"head is {self.head!r}: give 'low_rank' or 'published'")
+        if self.rank < 1 or self.mlp_size < 0:
+            raise InvalidArgumentError(f"rank is {self.rank}, mlp_size {self.mlp_size}: give 1 or more, and 0 or more")
+        if not 0 < self.base_rate < 1:
+            raise InvalidArgumentError(f"base_rate is {self.base_rate}: give a probability above 0 and below 1")
+
+
+class DeadEndQNetwork(nn.Module):
+    """A causal trunk of any Hugging Face architecture and a vocabulary head.
+
+    Make one with `from_trunk`, `from_pretrained` or `rectify.published.import_published`.
+
+    Example:
+        >>> from rectify import DeadEndQNetwork
+        >>> q_network = DeadEndQNetwork.from_pretrained("pocket-q")
+        >>> q = q_network(torch.tensor([[17, 42, 7]]))  # Q of every token after each prefix
+        >>> q.shape, bool((-1 <= q).all() and (q <= 0).all())
+        (torch.Size([1, 3, 8192]), True)
+    """
+
+    def __init__(self, config: QConfig, trunk: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = trunk
+        if config.head == "published":
+            self.head: LowRankHead | PublishedHead = PublishedHead(config.hidden_size, config.vocab_size)
+        else:
+            self.head = LowRankHead(
+                config.hidden_size, config.vocab_size, config.rank, config.mlp_size, config.base_rate
+            )
+        inner = trunk.get_base_model() if isinstance(trunk, PeftModel) else trunk
+        self._takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Making, saving, loading
+
+    @classmethod
+    def from_trunk(
+        cls,
+        trunk: PreTrainedModel,
+        *,
+        adapter: PeftConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        rank: int = 64,
+        mlp_size: int = 0,
+        base_rate: float = 0.1,
+    ) -> DeadEndQNetwork:
+        """A new network on a trunk, every value at `−base_rate`.
+
+        Args:
+            trunk: a causal model, with or without its language-model head (which is left out).
+            adapter: a peft configuration: the trunk is frozen, and only adapter and head are trained and saved. Its
+                `base_model_name_or_path`, else the trunk's own name, says where to find the trunk again.
+            tokenizer: whose vocabulary is recorded, so that a model of another one is refused.
+            rank, mlp_size, base_rate: see `QConfig`.
+        """
+        trunk = trunk.base_model
+        embeddings = trunk.get_input_embeddings().weight
+        config = QConfig(
+            vocab_size=embeddings.shape[0],
+            hidden_size=trunk.config.get_text_config().hidden_size,
+            rank=rank,
+            mlp_size=mlp_size,
+            base_rate=base_rate,
+            vocabulary=Fingerprint.of(tokenizer) if tokenizer is not None else None,
+        )
+        if adapter is not None:
+            config.base_model = adapter.base_model_name_or_path or trunk.name_or_path
+            config.base_revision = adapter.revision
+            if not config.base_model:
+                raise InvalidArgumentError(
+                    "adapter names no base_model_name_or_path and the trunk was made in memory: "
+                    "say where the trunk can be loaded from, or train it whole"
+                )
+            trunk = get_peft_model(trunk, adapter)
+            adapter.base_model_name_or_path = config.base_model
+        network = cls(config, trunk)
+        network.head.start_from_embeddings(embeddings)
+        return network.to(embeddings.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        is_trainable: bool = False,
+    ) -> DeadEndQNetwork:
+        """Load a network from a folder, a bundled name (`"pocket-q"`) or a Hub id, in evaluation mode.
+
+        Args:
+            name: folder, bundled name or Hub id.
+            revision: of a Hub id.
+            dtype: of the weights; values are float32 whatever it is.
+            device: where to put it.
+            is_trainable: keep the adapter apart from the trunk; otherwise it is folded in, which is faster.
+
+        Raises:
+            CheckpointError: nothing usable is there.
+        """
+        folder = checkpoint_folder(name, revision)
+        if not (folder / CONFIG_FILE).exists():
+            raise CheckpointError(f"{str(name)!r} holds no {CONFIG_FILE}: give a folder written by save_pretrained")
+        try:
+            config = QConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+            weights = load_file(folder / HEAD_FILE)
+            if config.base_model is None:
+                trunk = AutoModel.from_pretrained(folder / TRUNK_FOLDER, dtype=dtype, use_safetensors=True)
+            else:
+                base = checkpoint_folder(config.base_model, config.base_revision)
+                trunk = AutoModel.from_pretrained(base, dtype=dtype)
+                trunk = PeftModel.from_pretrained(trunk, folder / ADAPTER_FOLDER, is_trainable=is_trainable)
+                if not is_trainable:
+                    trunk.merge_adapter()
+            network = cls(config, trunk)
+            network.head.load_state_dict(weights)
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
+        return network.to(device=device, dtype=dtype).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write configuration, head, and the trunk (or only its adapter) to a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2, ensure_ascii=False) + "\n")
+        save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / HEAD_FILE)
+        self.trunk.save_pretrained(folder / (TRUNK_FOLDER if self.config.base_model is None else ADAPTER_FOLDER))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Values
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def context(self) -> int | None:
+        """Longest prefix in tokens that the trunk was made for, or `None` where it names no limit."""
+        return getattr(self.trunk.config.get_text_config(), "max_position_embeddings", None)
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Hidden states of the last positions.
+
+        Args:
+            input_ids: `[B, T]` int64, the positions that `cache` does not hold yet.
+            attention_mask: `[B, past + T]`, 0 at padding; `None` where nothing is padding. Positions are counted from
+                the first real token, so padding on either side changes nothing.
+            cache: extended in place.
+
+        Returns:
+            `[B, T, hidden_size]` in the trunk's dtype.
+        """
+        arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask
+            if self._takes_positions:
+                positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+                arguments["position_ids"] = positions[:, -input_ids.shape[1] :]
+        return self.trunk(input_ids=input_ids, **arguments).last_hidden_state
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`Q[b, t, a]`, the value of token `a` after the prefix `input_ids[b, :t + 1]`: `[B, T, V]` float32."""
+        return self.head(self.encode(input_ids, attention_mask))
+
+    def action_values(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`Q` of each token that was taken, given its prefix.
+
+        Args:
+            input_ids: `[B, T]` int64.
+            attention_mask: `[B, T]`, 0 at padding.
+
+        Returns:
+            `[B, T]` float32, NaN at padding and at the first real token, which has no prefix.
+        """
+        hidden = self.encode(input_ids, attention_mask)
+        values = self.head(hidden[:, :-1], input_ids[:, 1:])
+        values = torch.nn.functional.pad(values, (1, 0), value=torch.nan)
+        if attention_mask is None:
+            return values
+        real = attention_mask.bool()
+        follows = torch.nn.functional.pad(real[:, :-1], (1, 0)) & real
+        return values.masked_fill(~follows, torch.nan)
+
+
+@torch.no_grad()
+def token_risks(q_network: DeadEndQNetwork, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """The risk `−Q(s, a)` of each token of finished texts: how probable a toxic ending was once it was chosen.
+
+    Args:
+        q_network: the network.
+        input_ids: `[B, T]` int64.
+        attention_mask: `[B, T]`, 0 at padding.
+
+    Returns:
+        `[B, T]` float32 in [0, 1]; NaN at padding and at the first real token, whose risk is not known.
+    """
+    device = q_network.device
+    mask = None if attention_mask is None else attention_mask.to(device)
+    return -q_network.action_values(input_ids.to(device), mask)

@@ -1,0 +1,118 @@
+"""The sampling warpers (temperature, top-k, top-p …), applied by the processor before the rule instead of by `generate`.
+
+`generate` appends them after custom processors, so they would push tokens above their caps again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from rectify.errors import InvalidArgumentError
+
+# What `generate` must be told so that it warps nothing, whatever the model's generation_config says.
+_NEUTRAL = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are sampled, named as in `generate`; `None` leaves a warper out.
+
+    Attributes:
+        do_sample: `False`: nothing is warped (greedy and beam search). `None`: left to `generate`.
+        temperature: above 0.
+        top_k: tokens kept, 0 for all.
+        top_p, min_p, top_h, typical_p, epsilon_cutoff, eta_cutoff: as in `generate`, from 0 to 1.
+        num_beams: above 1 the warpers keep at least two tokens, as in `generate`.
+    """
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    top_h: float | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise InvalidArgumentError(f"temperature is {self.temperature}: give a number above 0")
+        if self.top_k is not None and (self.top_k < 0 or self.top_k != int(self.top_k)):
+            raise InvalidArgumentError(f"top_k is {self.top_k}: give a whole number, 0 for all tokens")
+        for name in ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise InvalidArgumentError(f"{name} is {value}: give a number from 0 to 1")
+        if self.top_p == 0:
+            raise InvalidArgumentError("top_p is 0: give a number above 0")
+        if self.num_beams < 1:
+            raise InvalidArgumentError(f"num_beams is {self.num_beams}: give 1 or more")
+
+    @classmethod
+    def resolve(cls, defaults: GenerationConfig | None, **given: Any) -> Sampling:
+        """What was given, and for the rest what a model's generation_config sets (not the library's own top_k of 50)."""
+        values = {name: getattr(defaults, name, None) for name in ("do_sample", *_NEUTRAL)} if defaults else {}
+        values |= {name: value for name, value in given.items() if value is not None}
+        return cls(**values)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether a warper can remove tokens."""
+        kept = {name: value for name, value in asdict(self).items() if name in _NEUTRAL and name != "temperature"}
+        return self.do_sample is not False and any(
+            value is not None and value != _NEUTRAL[name] for name, value in kept.items()
+        )
+
+    def warpers(self, device: Any = "cpu") -> LogitsProcessorList:
+        """The warpers in the order of `generate`, as its own classes."""
+        warpers = LogitsProcessorList()
+        if self.do_sample is False:
+            return warpers
+        keep = 2 if self.num_beams > 1 else 1
+        if self.temperature not in (None, 1.0):
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))  # type: ignore[arg-type]
+        if self.top_h is not None:
+            warpers.append(TopHLogitsWarper(top_h=self.top_h))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(top_k=int(self.top_k), min_tokens_to_keep=keep))
+        if self.top_p is not None and self.top_p < 1:
+            warpers.append(TopPLogitsWarper(top_p=float(self.top_p), min_tokens_to_keep=keep))
+        if self.min_p is not None:
+            warpers.append(MinPLogitsWarper(min_p=self.min_p, min_tokens_to_keep=keep))
+        if self.typical_p is not None and self.typical_p < 1:
+            warpers.append(TypicalLogitsWarper(mass=self.typical_p, min_tokens_to_keep=keep))
+        if self.epsilon_cutoff:
+            warpers.append(EpsilonLogitsWarper(epsilon=self.epsilon_cutoff, min_tokens_to_keep=keep))
+        if self.eta_cutoff:
+            warpers.append(EtaLogitsWarper(epsilon=self.eta_cutoff, min_tokens_to_keep=keep, device=device))
+        return warpers
+
+    def generate_kwargs(self) -> dict[str, Any]:
+        """What to pass to `generate` so that it does not warp a second time."""
+        if self.do_sample is False:
+            return {"do_sample": False}
+        return dict(_NEUTRAL) if self.do_sample is None else {"do_sample": True, **_NEUTRAL}

@@ -1,0 +1,58 @@
+"""The identity of a tokenizer's vocabulary: a Q network and the model that it rectifies must share token ids exactly."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rectify.errors import VocabularyMismatchError
+
+_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What identifies a vocabulary.
+
+    Attributes:
+        size: number of tokens, added ones included.
+        sha256: hash of all tokens in the order of their ids.
+        samples: some ids and their tokens, so that a message can show a difference.
+    """
+
+    size: int
+    sha256: str
+    samples: dict[str, str]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
+        """The fingerprint of a tokenizer's vocabulary."""
+        tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+        digest = hashlib.sha256()
+        for index, token in tokens:
+            digest.update(f"{index}\t{token}\n".encode("utf-8", "surrogatepass"))
+        step = max(1, len(tokens) // _SAMPLES)
+        return cls(len(tokens), digest.hexdigest(), {str(index): token for index, token in tokens[::step]})
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer of another vocabulary.
+
+        Raises:
+            VocabularyMismatchError: says what differs.
+        """
+        other = Fingerprint.of(tokenizer)
+        if other.sha256 == self.sha256:
+            return
+        differences = [f"it has {other.size} tokens, not {self.size}"] if other.size != self.size else []
+        for index, token in self.samples.items():
+            found = tokenizer.convert_ids_to_tokens(int(index)) if int(index) < other.size else None
+            if found != token:
+                differences.append(f"its token {index} is {found!r}, not {token!r}")
+                break
+        raise VocabularyMismatchError(
+            f"tokenizer {tokenizer.name_or_path!r} is not the one this Q network was trained with: "
+            f"{'; '.join(differences) or 'some of its tokens differ'}. Use a Q network of the model's own vocabulary; "
+            "to pad, reuse an existing token instead of adding one"
+        )
