@@ -12,8 +12,8 @@ from torch.nn import functional as F
 class LowRankHead(nn.Module):
     """`−Q(s,a) = σ(P z · E[a] + b[a] + v(z))` with `z` a normalised hidden state after a small residual MLP.
 
-    `E` is `[V, rank]` and starts from the trunk's token embeddings; `P` and `v` start at zero, so that every value starts
-    at `−base_rate`. GPT-2's vocabulary at rank 64 costs 3.3 M parameters; the published head has 78 M.
+    `E` is `[V, rank]` and starts from the trunk's token embeddings; `P` and `v` start at zero, so that every value
+    starts at `−base_rate`. GPT-2's vocabulary at rank 64 costs 3.3 M parameters; the published head has 78 M.
 
     Args:
         hidden_size: width of the trunk.

@@ -1,9 +1,9 @@
 """A memo of a causal trunk's states, keyed by prefix: what makes a stateless processor incremental.
 
-`PrefixMemo.last_hidden` is a function of the ids alone. Between calls the memo keeps the ids it has seen, their keys and
-values, and their hidden states; a call reuses what agrees with its own prefixes and computes the rest. Rows are matched
-to the remembered row with the longest common prefix, so beams may be permuted or duplicated, lengths may go back
-(assisted decoding), and another prompt may follow: the answer never depends on the history, only the cost does.
+`PrefixMemo.last_hidden` is a function of the ids alone. Between calls the memo keeps the ids it has seen, their keys
+and values, and their hidden states; a call reuses what agrees with its own prefixes and computes the rest. Rows are
+matched to the remembered row with the longest common prefix, so beams may be permuted or duplicated, lengths may go
+back (assisted decoding), and another prompt may follow: the answer never depends on the history, only the cost does.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ class RectificationProcessor(LogitsProcessor):
         >>> tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder("pocket"))
         >>> processor = RectificationProcessor.from_pretrained("pocket-q", model=model, tokenizer=tokenizer)
         >>> inputs = tokenizer("You are such a", return_tensors="pt")
-        >>> ids = model.generate(**inputs, logits_processor=[processor], **processor.generate_kwargs(), max_new_tokens=9)
+        >>> options = processor.generate_kwargs()
+        >>> ids = model.generate(**inputs, logits_processor=[processor], **options, max_new_tokens=9)
         >>> processor.statistics().decisions
         9
     """
@@ -111,7 +112,7 @@ class RectificationProcessor(LogitsProcessor):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, rule: Rule | None = None, **arguments: Any) -> RectificationProcessor:
-        """A processor with the Q network of a folder, a bundled name or a Hub id, on the model's device if one is given."""
+        """A processor with the Q network of a folder, a bundled name or a Hub id, on the device of `model`."""
         model = arguments.get("model")
         device = model.device if model is not None else None
         return cls(DeadEndQNetwork.from_pretrained(name, device=device), rule, **arguments)
@@ -120,15 +121,15 @@ class RectificationProcessor(LogitsProcessor):
     # Around a call of `generate`
 
     def generate_kwargs(self) -> dict[str, Any]:
-        """What to pass to `generate` so that no warper follows the rule, whatever the model's generation_config says."""
+        """What to pass to `generate` so that no warper follows the rule, whatever its generation_config says."""
         return self.sampling.generate_kwargs()
 
     def set_attention_mask(self, attention_mask: Tensor | None) -> None:
         """Say where the next prompts have padding; `generate` does not pass that on.
 
-        Without a mask, the tokenizer's padding tokens at the start of a row are padding. Where that token can also begin
-        a text (it is the end or the begin token as well), those that *every* row of the batch begins with are text.
-        Give the mask where this can be wrong; it holds until it is set again.
+        Without a mask, the tokenizer's padding tokens at the start of a row are padding. Where that token can also
+        begin a text (it is the end or the begin token as well), those that *every* row of the batch begins with are
+        text. Give the mask where this can be wrong; it holds until it is set again.
 
         Args:
             attention_mask: `[prompts, length]`, 0 at padding; or `None`.
@@ -158,9 +159,10 @@ class RectificationProcessor(LogitsProcessor):
             scores: `[B, V]` logits or log-probabilities of the next tokens.
 
         Raises:
-            VocabularyMismatchError: V is not the Q network's vocabulary size, and no tokenizer showed it to be the same.
-            InvalidArgumentError: the prefixes are longer than the Q network's context, or the attention mask is that of
-                other prompts.
+            VocabularyMismatchError: V is not the Q network's vocabulary size, and no tokenizer was given to show that
+                the vocabularies agree.
+            InvalidArgumentError: the prefixes are longer than the Q network's context, or the attention mask is that
+                of other prompts.
         """
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         q = self.next_token_q(input_ids, scores.shape[-1]).to(scores.device)
@@ -192,7 +194,7 @@ class RectificationProcessor(LogitsProcessor):
             (prompts, length), (rows, total) = mask.shape, input_ids.shape
             if rows % prompts or total < length:
                 raise InvalidArgumentError(
-                    f"attention_mask is of {prompts} prompts of {length} tokens, the prefixes of {rows} rows of {total}: "
+                    f"attention_mask has shape {(prompts, length)}, the prefixes have shape {(rows, total)}: "
                     "call set_attention_mask with the mask of these prompts, or with None"
                 )
             # `generate` repeats each prompt's row for its beams and samples
@@ -209,8 +211,8 @@ class RectificationProcessor(LogitsProcessor):
         own = self.q_network.config.vocab_size
         if vocab_size is not None and vocab_size != own and not self._same_vocabulary:
             raise VocabularyMismatchError(
-                f"the model scores {vocab_size} tokens, the Q network {own}: use a Q network of the model's vocabulary, "
-                "or pass the tokenizer if the model's embeddings are only padded"
+                f"the model scores {vocab_size} tokens, the Q network {own}: use a Q network of the model's "
+                "vocabulary, or pass the tokenizer if the model's embeddings are only padded"
             )
 
     def _count(self, result: Rectified) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GPT2Config, GPT2Model, PreTrainedTokenizerBase
 
+from rectify.command_line import Parser, execute, say
 from rectify.errors import CheckpointError
 from rectify.q_network import DeadEndQNetwork, QConfig
 from rectify.vocabulary import Fingerprint
@@ -26,8 +28,8 @@ _HEAD = {
 def import_published(folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> DeadEndQNetwork:
     """A Q network from a folder that the published `train.py` saved: a GPT-2 trunk and two ILQL-style heads.
 
-    The online head is taken. The target head and the unused language-model head are left out, and the values are clipped
-    to [−1, 0], the range of their training targets.
+    The online head is taken. The target head and the unused language-model head are left out, and the values are
+    clipped to [−1, 0], the range of their training targets.
 
     Args:
         folder: holds `config.json` and `model.safetensors` or `pytorch_model.bin` (read without running pickled code).
@@ -71,3 +73,26 @@ def import_published(folder: str | Path, tokenizer: PreTrainedTokenizerBase | No
     except RuntimeError as error:
         raise CheckpointError(f"{str(folder)!r} has other weights than its config.json says: {error}") from error
     return network.eval()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command `rectify import`.
+
+    Raises:
+        CheckpointError: the checkpoint or the tokenizer cannot be used.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer) if arguments.tokenizer else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"tokenizer {arguments.tokenizer!r} cannot be loaded: {error}") from error
+    import_published(arguments.folder, tokenizer).save_pretrained(arguments.output)
+    say(f"Q network: {arguments.output}, imported from {arguments.folder}")
+
+
+def main(argv: list[str] | None = None, prog: str = "rectify import") -> int:
+    """The command as a function of its arguments. Returns the exit code."""
+    parser = Parser(prog=prog, description="Turn a checkpoint of the published system into a Q network.")
+    parser.add_argument("folder", help="folder that the published train.py saved")
+    parser.add_argument("output", help="folder for the Q network")
+    parser.add_argument("--tokenizer", help="folder or Hub id of its tokenizer, so that another vocabulary is refused")
+    return execute(run, parser, argv)

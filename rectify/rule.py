@@ -1,8 +1,9 @@
 """The rules that turn a policy and the risk of each next token into the rectified policy: tensors in, tensors out.
 
-Let `π₀(a|s)` be the base policy, `Q(s,a) ∈ [−1, 0]` the dead-end value (`−Q` estimates the probability that the finished
-text is toxic) and `1 + Q` the survival probability. The security condition (Cao et al., "Systematic Rectification of
-Language Models via Dead-end Analysis", ICLR 2023) asks for `π(a|s) ≤ c(s,a) = clip(1 + Q(s,a) − ε, p_min, 1)`.
+Let `π₀(a|s)` be the base policy, `Q(s,a) ∈ [−1, 0]` the dead-end value (`−Q` estimates the probability that the
+finished text is toxic) and `1 + Q` the survival probability. The security condition (Cao et al., "Systematic
+Rectification of Language Models via Dead-end Analysis", ICLR 2023) asks for
+`π(a|s) ≤ c(s,a) = clip(1 + Q(s,a) − ε, p_min, 1)`.
 
 `Cap` meets it exactly, at the least distance from the base policy. `Tilt`, `Mask` and `Advantage` reshape the policy
 first, because a cap binds only where a token's probability exceeds its survival and so leaves rare toxic tokens alone;
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from rectify.errors import InvalidArgumentError
 
-# A normaliser beyond this is that of raw logits, which differ from row to row for no reason and where float32 is coarse.
+# A normaliser beyond this is that of raw logits: it says nothing, and float32 is coarse there.
 _COMPARABLE = 16.0
 
 
@@ -240,7 +241,9 @@ def rectify(scores: Tensor, q: Tensor, rule: Rule, unwarped: Tensor | None = Non
     """
     if scores.shape != q.shape or (unwarped is not None and unwarped.shape != scores.shape):
         other = tuple(q.shape) if unwarped is None else (tuple(q.shape), tuple(unwarped.shape))
-        raise InvalidArgumentError(f"scores have shape {tuple(scores.shape)}, q (and unwarped) {other}: give equal shapes")
+        raise InvalidArgumentError(
+            f"scores have shape {tuple(scores.shape)}, q (and unwarped) {other}: give equal shapes"
+        )
     dtype = torch.promote_types(torch.promote_types(scores.dtype, q.dtype), torch.float32)
     scores, q = scores.to(dtype), q.to(dtype)
     normaliser = scores.logsumexp(-1, keepdim=True)
@@ -285,5 +288,7 @@ def make_rule(name: str = "tilt", **parameters: float | None) -> Rule:
     given: dict[str, Any] = {key: value for key, value in parameters.items() if value is not None}
     known = {field.name for field in fields(RULES[name])}
     if unknown := sorted(given.keys() - known):
-        raise InvalidArgumentError(f"{unknown[0]} is not a parameter of the rule {name}: it has {', '.join(sorted(known))}")
+        raise InvalidArgumentError(
+            f"{unknown[0]} is not a parameter of the rule {name}: it has {', '.join(sorted(known))}"
+        )
     return RULES[name](**given)

@@ -1,4 +1,4 @@
-"""The sampling warpers (temperature, top-k, top-p …), applied by the processor before the rule instead of by `generate`.
+"""The sampling warpers (temperature, top-k, top-p …), applied before the rule instead of by `generate`.
 
 `generate` appends them after custom processors, so they would push tokens above their caps again.
 """
@@ -74,7 +74,7 @@ class Sampling:
 
     @classmethod
     def resolve(cls, defaults: GenerationConfig | None, **given: Any) -> Sampling:
-        """What was given, and for the rest what a model's generation_config sets (not the library's own top_k of 50)."""
+        """What was given, and else what a model's generation_config sets (never the library's own top_k of 50)."""
         values = {name: getattr(defaults, name, None) for name in ("do_sample", *_NEUTRAL)} if defaults else {}
         values |= {name: value for name, value in given.items() if value is not None}
         return cls(**values)
@@ -110,6 +110,11 @@ class Sampling:
         if self.eta_cutoff:
             warpers.append(EtaLogitsWarper(epsilon=self.eta_cutoff, min_tokens_to_keep=keep, device=device))
         return warpers
+
+    def plain_kwargs(self) -> dict[str, Any]:
+        """What to pass to `generate` so that it samples in this way by itself, without a processor of ours."""
+        given = {name: getattr(self, name) for name in _NEUTRAL if getattr(self, name) is not None}
+        return self.generate_kwargs() if self.do_sample is False else self.generate_kwargs() | given
 
     def generate_kwargs(self) -> dict[str, Any]:
         """What to pass to `generate` so that it does not warp a second time."""

@@ -1,4 +1,4 @@
-"""The identity of a tokenizer's vocabulary: a Q network and the model that it rectifies must share token ids exactly."""
+"""The identity of a vocabulary: a Q network and the model that it rectifies must share token ids exactly."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
     python -m rectify.pocket.build --data DATA --output OUTPUT
 
 `DATA` holds one folder per data set (see `rectify.pocket.texts`). Stages whose result lies in `OUTPUT` are skipped, and
-an interrupted stage goes on from its last checkpoint, so the same command restarts a killed run.
+an interrupted training goes on from its last checkpoint, so the same command restarts a killed run. `OUTPUT/lm` and
+`OUTPUT/q` are what `rectify/pocket` holds.
 """
 
 from __future__ import annotations
@@ -12,147 +13,58 @@ import argparse
 import logging
 from pathlib import Path
 
-import numpy as np
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import Dataset
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
-
+from rectify.generation.generator import load_language_model
+from rectify.pocket.dead_ends import train_q_network
+from rectify.pocket.language_model import train_language_model
+from rectify.pocket.rewards import fit_reward_model, validation_auc
 from rectify.pocket.texts import LabelledText, read_texts
+from rectify.pocket.trajectories import cut_texts, read, roll_out, write
 
 logger = logging.getLogger(__name__)
 
-VOCABULARY = 8192
-CONTEXT = 1024
-BLOCK = 256
-END = "<|endoftext|>"
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The language model
-
-
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer whose one special token begins, ends and pads, as GPT-2's does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT
-    )
-
-
-def language_model_config() -> LlamaConfig:
-    """A Llama shape of 3.5 M parameters: 7 MB in bfloat16."""
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=5,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-
-
-class PackedBlocks(Dataset):
-    """Texts as one stream of token ids, each ended by the end token, cut into blocks of equal length."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: int) -> None:
-        order = np.random.default_rng(seed).permutation(len(texts))
-        encoded = tokenizer([texts[i] for i in order], add_special_tokens=False)["input_ids"]
-        stream = np.fromiter((i for ids in encoded for i in (*ids, tokenizer.eos_token_id)), dtype=np.int32)
-        self.blocks = stream[: len(stream) // BLOCK * BLOCK].reshape(-1, BLOCK)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.from_numpy(self.blocks[index].astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
-
-
-def training_arguments(output: Path, **changes) -> TrainingArguments:
-    defaults = {
-        "output_dir": str(output),
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 100,
-        "weight_decay": 0.1,
-        "adam_beta2": 0.98,
-        "max_grad_norm": 1.0,
-        "bf16": True,
-        "use_cpu": not torch.cuda.is_available(),
-        "eval_strategy": "steps",
-        "save_strategy": "steps",
-        "save_total_limit": 1,
-        "logging_steps": 50,
-        "report_to": "none",
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(**defaults | changes)
-
-
-def train_language_model(texts: list[LabelledText], output: Path, epochs: float, seed: int) -> None:
-    """Train tokenizer and language model, and save them together in bfloat16 under `output`."""
-    train = [text.text for text in texts if text.split == "train"]
-    validation = [text.text for text in texts if text.split == "validation"]
-    tokenizer = train_tokenizer(train)
-    set_seed(seed)
-    model = LlamaForCausalLM(language_model_config())
-    blocks = PackedBlocks(tokenizer, train, seed)
-    logger.info("language model: %d parameters, %d training tokens", model.num_parameters(), blocks.blocks.size)
-    work = output.with_name(output.name + ".work")
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(
-            work,
-            seed=seed,
-            learning_rate=3e-3,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=32,
-            per_device_eval_batch_size=32,
-            eval_steps=400,
-            save_steps=400,
-        ),
-        train_dataset=blocks,
-        eval_dataset=PackedBlocks(tokenizer, validation, seed),
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() else None)
-    logger.info("language model: %s", trainer.evaluate())
-    model.to(torch.bfloat16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
+def build_trajectories(texts: list[LabelledText], output: Path, rollouts: int, seed: int) -> None:
+    """Write `train.jsonl` (rollouts and cut texts) and `validation.jsonl` (rollouts only)."""
+    model, tokenizer = load_language_model(str(output / "lm"))
+    reward_model = fit_reward_model(texts, seed)
+    logger.info("reward model: AUC %.3f on validation texts", validation_auc(reward_model, texts))
+    train = [text for text in texts if text.split == "train"]
+    validation = [text for text in texts if text.split == "validation"]
+    held = roll_out(validation, model, tokenizer, reward_model, rollouts // 10, seed + 1)
+    own = roll_out(train, model, tokenizer, reward_model, rollouts, seed + 2)
+    write(held, output / "validation.jsonl")
+    write(own + cut_texts(train, tokenizer, reward_model, seed), output / "train.jsonl")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run the stages that are not done."""
+    parser = argparse.ArgumentParser(description="Train the pocket models.")
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder per data set")
     parser.add_argument("--output", type=Path, required=True, help="folder for the models and the checkpoints")
-    parser.add_argument("--epochs", type=float, default=2.5, help="epochs of the language model")
+    parser.add_argument("--epochs", type=float, default=2.5, help="of the language model (default: %(default)s)")
+    parser.add_argument("--q_epochs", type=float, default=2.0, help="of the Q network (default: %(default)s)")
+    parser.add_argument("--rollouts", type=int, default=36_000, help="sampled continuations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    output: Path = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
     texts = list(read_texts(arguments.data))
-    if not (arguments.output / "lm" / "tokenizer.json").exists():
-        train_language_model(texts, arguments.output / "lm", arguments.epochs, arguments.seed)
+    if not (output / "lm" / "tokenizer.json").exists():
+        train_language_model(texts, output / "lm", arguments.epochs, arguments.seed)
+    if not (output / "train.jsonl").exists():
+        build_trajectories(texts, output, arguments.rollouts, arguments.seed)
+    if not (output / "q" / "q_config.json").exists():
+        _, tokenizer = load_language_model(str(output / "lm"))
+        train_q_network(
+            output / "lm",
+            tokenizer,
+            read(output / "train.jsonl"),
+            read(output / "validation.jsonl"),
+            output / "q",
+            arguments.q_epochs,
+            arguments.seed,
+        )
 
 
 if __name__ == "__main__":

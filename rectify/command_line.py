@@ -1,0 +1,48 @@
+"""What all commands share: how they refuse, and what they exit with."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from transformers.utils import logging as transformers_logging
+
+from rectify.errors import RectifyError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that refuses in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def say(message: str) -> None:
+    """A line for the person at the terminal: on standard error, so that results stay alone on standard output."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def execute(run: Callable[[argparse.Namespace], None], parser: Parser, argv: list[str] | None) -> int:
+    """Parse and run a command; a refusal becomes one line on standard error.
+
+    Returns:
+        The exit code: 0, 2 for a refusal, 130 when interrupted.
+    """
+    arguments = parser.parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        run(arguments)
+        sys.stdout.flush()
+    except RectifyError as error:
+        say(f"{parser.prog}: error: {' '.join(str(error).split())}")
+        return 2
+    except KeyboardInterrupt:
+        say(f"{parser.prog}: interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

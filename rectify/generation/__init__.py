@@ -1,0 +1,1 @@
+"""From prompts to continuations: reading, generating, showing and saving."""

@@ -1,0 +1,278 @@
+"""The command that continues prompts: `generate.py`, or `rectify generate`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rectify.command_line import Parser, execute, say
+from rectify.errors import InvalidArgumentError
+from rectify.generation.display import Display
+from rectify.generation.generator import Generator, batches, load_language_model, refuse_long_prompts
+from rectify.generation.output import GenerationFile
+from rectify.generation.prompts import EXAMPLES, Prompt, read_prompts_file, read_standard_input
+from rectify.hub import checkpoint_folder
+from rectify.processor import RectificationProcessor, Statistics
+from rectify.q_network import DeadEndQNetwork
+from rectify.rule import RULES, make_rule
+from rectify.sampling import Sampling
+from rectify.version import __version__
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_POCKET_Q = {"pocket": "pocket-q"}
+
+
+def make_parser(prog: str) -> Parser:
+    """The flags of the command."""
+    parser = Parser(
+        prog=prog,
+        description="Continue prompts with a language model, as it is or rectified.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", default="pocket", help="folder or Hub id (default: the bundled pocket model)")
+    source = parser.add_argument_group("prompts", "with none of these: standard input, else built-in examples")
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt (may be repeated)")
+    source.add_argument(
+        "--prompts_file",
+        metavar="FILE",
+        help='JSON lines, "-" for standard input: strings, {"prompt": "…"} or RealToxicityPrompts records',
+    )
+    source.add_argument("--skip_bad_lines", action="store_true", help="count unusable lines and go on")
+    rectification = parser.add_argument_group("rectification")
+    rectification.add_argument("--rectify", action="store_true", help="rectify the model while it generates")
+    rectification.add_argument("--compare", action="store_true", help="base and rectified, side by side")
+    rectification.add_argument("--q", metavar="PATH", help="Q network: folder or Hub id (default: the pocket model's)")
+    rectification.add_argument("--rule", choices=tuple(RULES), default="tilt", help="default: %(default)s")
+    rectification.add_argument("--beta", type=float, help="tilt: exponent of the survival probability (default 4.5)")
+    rectification.add_argument("--tau", type=float, help="advantage: tolerated extra risk (default 0.1)")
+    rectification.add_argument("--threshold", type=float, help="mask: least survival probability (default 0.5)")
+    rectification.add_argument("--epsilon", type=float, help="margin of the cap (default 0.1; other rules: no cap)")
+    generation = parser.add_argument_group("generation", "the model's generation_config sets what is not given")
+    generation.add_argument("--max_new_tokens", type=int, default=20, help="default: %(default)s")
+    generation.add_argument("--min_new_tokens", type=int, default=0, help="default: %(default)s")
+    generation.add_argument("--num_return_sequences", type=int, default=1, help="default: %(default)s")
+    generation.add_argument(
+        "--do_sample",
+        action=argparse.BooleanOptionalAction,
+        help="sample (default), or take the likeliest tokens (default with several beams)",
+    )
+    generation.add_argument("--temperature", type=float)
+    generation.add_argument("--top_k", type=int)
+    generation.add_argument("--top_p", type=float)
+    generation.add_argument("--num_beams", type=int, default=1, help="default: %(default)s")
+    generation.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    running = parser.add_argument_group("running")
+    running.add_argument("--device", help="default: an accelerator if there is one")
+    running.add_argument("--dtype", choices=("auto", *_DTYPES), default="auto", help="auto: float32 on a CPU")
+    running.add_argument("--batch_size", type=int, default=8, help="prompts at a time (default: %(default)s)")
+    running.add_argument("--output", metavar="FILE.jsonl", help="append records with generations; resumed on restart")
+    parser.add_argument("--version", action="version", version=f"rectify {__version__}")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name, least in (
+        ("max_new_tokens", 1),
+        ("min_new_tokens", 0),
+        ("num_return_sequences", 1),
+        ("num_beams", 1),
+        ("batch_size", 1),
+    ):
+        if getattr(arguments, name) < least:
+            raise InvalidArgumentError(f"{name} is {getattr(arguments, name)}: give {least} or more")
+    if arguments.min_new_tokens > arguments.max_new_tokens:
+        raise InvalidArgumentError(
+            f"min_new_tokens is {arguments.min_new_tokens}, above max_new_tokens {arguments.max_new_tokens}: lower it"
+        )
+    if not arguments.do_sample and arguments.num_return_sequences > arguments.num_beams:
+        raise InvalidArgumentError(
+            f"num_return_sequences is {arguments.num_return_sequences}, without sampling no more than num_beams "
+            f"{arguments.num_beams}: raise num_beams, or sample"
+        )
+    if arguments.prompt and arguments.prompts_file:
+        raise InvalidArgumentError("prompt and prompts_file are both given: give one of them")
+
+
+def _prompts(arguments: argparse.Namespace) -> tuple[list[Prompt], bool]:
+    """The prompts, and whether they are the built-in examples."""
+    if arguments.prompt is not None:
+        return [Prompt.of(text) for text in arguments.prompt], False
+    if arguments.prompts_file is not None:
+        prompts, skipped = read_prompts_file(arguments.prompts_file, arguments.skip_bad_lines)
+        if skipped:
+            say(f"prompts: {skipped} bad lines skipped")
+        return prompts, False
+    prompts = read_standard_input(sys.stdin)
+    return prompts or [Prompt.of(text) for text in EXAMPLES], not prompts
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = torch.device(name) if name else accelerator or torch.device("cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgumentError(f"device is {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        RectifyError: something that was given cannot be used.
+    """
+    if arguments.do_sample is None:
+        arguments.do_sample = arguments.num_beams == 1
+    _check(arguments)
+    rule = make_rule(
+        arguments.rule,
+        beta=arguments.beta,
+        tau=arguments.tau,
+        threshold=arguments.threshold,
+        epsilon=arguments.epsilon,
+    )
+    given = {name: getattr(arguments, name) for name in ("do_sample", "temperature", "top_k", "top_p", "num_beams")}
+    Sampling.resolve(None, **given)  # refuse bad values before anything is loaded
+    device = _device(arguments.device)
+    prompts, examples = _prompts(arguments)
+    compare = arguments.compare or (examples and arguments.rectify)
+    rectifying = arguments.rectify or compare
+    q_name = arguments.q or _POCKET_Q.get(arguments.model)
+    if rectifying and q_name is None:
+        raise InvalidArgumentError(f"q is not given: name a Q network for the vocabulary of {arguments.model!r}")
+
+    model, tokenizer = load_language_model(arguments.model, _DTYPES.get(arguments.dtype), device)
+    where = f" ({checkpoint_folder(arguments.model)})" if arguments.model in _POCKET_Q else ""
+    say(f"model: {arguments.model}{where}, {_millions(model)}, {str(model.dtype).removeprefix('torch.')}, {device}")
+    sampling = Sampling.resolve(model.generation_config, **given)
+    processor = None
+    if rectifying:
+        q_network = DeadEndQNetwork.from_pretrained(q_name, device=device)
+        processor = RectificationProcessor(q_network, rule, model=model, tokenizer=tokenizer, **given)
+        where = f" ({checkpoint_folder(q_name)})" if q_name in _POCKET_Q.values() else ""
+        say(f"Q network: {q_name}{where}, {_millions(q_network)}; rule: {rule}")
+    if examples:
+        say("prompts: built-in examples (give your own with --prompt, --prompts_file or standard input)")
+    generator = Generator(
+        model,
+        tokenizer,
+        sampling,
+        arguments.max_new_tokens,
+        arguments.min_new_tokens,
+        arguments.num_return_sequences,
+        arguments.seed,
+    )
+    prompts = _fitting(generator, prompts, processor, arguments)
+    arms = {"base": None} if compare or not rectifying else {}
+    if processor is not None:
+        arms["rectified"] = processor
+    if arguments.output:
+        _write(generator, arms, prompts, arguments, rule, q_name)
+    else:
+        _show(generator, arms, prompts, arguments.batch_size)
+    if processor is not None:
+        say(_summary(processor.statistics()))
+
+
+def _fitting(
+    generator: Generator,
+    prompts: list[Prompt],
+    processor: RectificationProcessor | None,
+    arguments: argparse.Namespace,
+) -> list[Prompt]:
+    contexts = [getattr(generator.model.config.get_text_config(), "max_position_embeddings", None)]
+    if processor is not None:
+        contexts.append(processor.q_network.context)
+    too_long = generator.check_lengths(prompts, min((c for c in contexts if c is not None), default=None))
+    if too_long and arguments.skip_bad_lines and len(too_long) < len(prompts):
+        say(f"prompts: {len(too_long)} skipped, longer than the context")
+        return [prompt for index, prompt in enumerate(prompts) if index not in too_long]
+    refuse_long_prompts(too_long)
+    return prompts
+
+
+def _show(
+    generator: Generator, arms: dict[str, RectificationProcessor | None], prompts: list[Prompt], batch_size: int
+) -> None:
+    display = Display(lambda ids: generator.tokenizer.decode(ids, skip_special_tokens=True))
+    judge = arms.get("rectified")
+    if judge is not None:
+        display.legend()
+    for number, batch in batches(prompts, batch_size):
+        results = {arm: generator.continue_batch(batch, number, processor) for arm, processor in arms.items()}
+        for index, prompt in enumerate(batch):
+            display.prompt(prompt)
+            for arm, continuations in results.items():
+                for continuation in continuations[index]:
+                    risks = generator.risks(judge, prompt, continuation) if judge is not None else None
+                    display.continuation(arm, continuation, risks)
+
+
+def _write(
+    generator: Generator,
+    arms: dict[str, RectificationProcessor | None],
+    prompts: list[Prompt],
+    arguments: argparse.Namespace,
+    rule: Any,
+    q_name: str | None,
+) -> None:
+    texts = json.dumps([prompt.record for prompt in prompts], sort_keys=True)
+    settings = {
+        "model": arguments.model,
+        "dtype": str(generator.model.dtype),
+        "arms": list(arms),
+        "q": q_name if "rectified" in arms else None,
+        "rule": repr(rule) if "rectified" in arms else None,
+        "sampling": repr(generator.sampling),
+        "max_new_tokens": generator.max_new_tokens,
+        "min_new_tokens": generator.min_new_tokens,
+        "num_return_sequences": generator.num_return_sequences,
+        "seed": generator.seed,
+        "batch_size": arguments.batch_size,
+        "prompts": hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest(),
+    }
+    file = GenerationFile(arguments.output, settings)
+    if file.done:
+        say(f"output: {arguments.output} holds {file.done} of {len(prompts)} prompts; going on from there")
+    with tqdm(total=len(prompts), initial=file.done, unit="prompt", disable=None) as progress:
+        for number, batch in batches(prompts, arguments.batch_size):
+            written = file.done - number * arguments.batch_size
+            if written >= len(batch):
+                continue
+            results = {arm: generator.continue_batch(batch, number, processor) for arm, processor in arms.items()}
+            records = []
+            for index, prompt in enumerate(batch):
+                record = dict(prompt.record)
+                for arm, continuations in results.items():
+                    key = "base_generations" if arm == "base" and len(arms) > 1 else "generations"
+                    record[key] = [{"text": continuation.text} for continuation in continuations[index]]
+                records.append(record)
+            missing = records[max(written, 0) :]
+            file.append(missing)
+            progress.update(len(missing))
+    say(f"output: {arguments.output}, {file.done} records")
+
+
+def _summary(statistics: Statistics) -> str:
+    return (
+        f"rectified {statistics.decisions} next-token distributions: "
+        f"{statistics.moved / max(1, statistics.decisions):.3f} of the probability moved on average, "
+        f"{statistics.capped} tokens capped or removed, "
+        f"{statistics.widened} widenings, {statistics.dead_ends} dead ends"
+    )
+
+
+def _millions(module: torch.nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f} M parameters"
+
+
+def main(argv: list[str] | None = None, prog: str = "generate.py") -> int:
+    """The command as a function of its arguments. Returns the exit code."""
+    return execute(run, make_parser(prog), argv)

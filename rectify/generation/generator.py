@@ -1,0 +1,162 @@
+"""Loading a language model and continuing batches of prompts with it, as it is or rectified."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rectify.errors import CheckpointError, PromptError
+from rectify.generation.prompts import Prompt
+from rectify.hub import POCKET, checkpoint_folder
+from rectify.processor import RectificationProcessor
+from rectify.q_network import token_risks
+from rectify.sampling import Sampling
+
+
+def load_language_model(
+    name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, padding on the left, in evaluation mode.
+
+    Args:
+        name: a folder, `"pocket"` or a Hub id.
+        dtype: of the weights; `None` for float32 on a CPU and the checkpoint's own elsewhere.
+        device: where to put the model.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+    """
+    place: str | Path = checkpoint_folder(name) if name in POCKET else name
+    if dtype is None and torch.device(device).type == "cpu":
+        dtype = torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype="auto" if dtype is None else dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"model {name!r} is neither a usable folder nor a model that the Hub gives ({reason}): "
+            "check the path, or the id and the connection"
+        ) from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What was generated for a prompt.
+
+    Attributes:
+        text: the continuation alone, without special tokens.
+        token_ids: its ids, up to and with the end token.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass
+class Generator:
+    """Continues prompts with one model.
+
+    Attributes:
+        model: the language model.
+        tokenizer: pads on the left.
+        sampling: how tokens are chosen, with and without rectification.
+        max_new_tokens, min_new_tokens, num_return_sequences: as in `generate`.
+        seed: with a batch's number it determines its samples.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    num_return_sequences: int = 1
+    seed: int = 0
+
+    def check_lengths(self, prompts: list[Prompt], context: int | None) -> dict[int, str]:
+        """What is wrong with the prompts that leave no room for the new tokens: their indices and the messages."""
+        if context is None:
+            return {}
+        too_long = {}
+        for index, prompt in enumerate(prompts):
+            length = len(self.tokenizer(prompt.text)["input_ids"])
+            if length + self.max_new_tokens > context:
+                too_long[index] = (
+                    f"it has {length} tokens, and with {self.max_new_tokens} new ones it exceeds the context of "
+                    f"{context}: shorten it, or generate fewer tokens"
+                )
+        return too_long
+
+    @torch.no_grad()
+    def continue_batch(
+        self, prompts: list[Prompt], number: int, processor: RectificationProcessor | None = None
+    ) -> list[list[Continuation]]:
+        """Continuations of each prompt of a batch; the same whatever ran before.
+
+        Args:
+            prompts: the batch.
+            number: the batch's number, which keys the random numbers.
+            processor: rectifies; `None` for the model as it is.
+        """
+        inputs = self.tokenizer([prompt.text for prompt in prompts], return_tensors="pt", padding=True)
+        inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        if processor is None:
+            how: dict[str, Any] = self.sampling.plain_kwargs()
+        else:
+            processor.set_attention_mask(inputs["attention_mask"])
+            how = {"logits_processor": [processor], **processor.generate_kwargs()}
+        digest = hashlib.sha256(f"{self.seed}:{number}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8]))
+        output = self.model.generate(
+            **inputs,
+            **how,
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens or None,
+            num_return_sequences=self.num_return_sequences,
+            num_beams=self.sampling.num_beams,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        new = output[:, inputs["input_ids"].shape[1] :].tolist()
+        continuations = [self._continuation(ids) for ids in new]
+        n = self.num_return_sequences
+        return [continuations[start : start + n] for start in range(0, len(continuations), n)]
+
+    def _continuation(self, ids: list[int]) -> Continuation:
+        end = self.model.generation_config.eos_token_id
+        ends = {end} if isinstance(end, int) else set(end or ())
+        length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+        return Continuation(self.tokenizer.decode(ids[:length], skip_special_tokens=True), tuple(ids[:length]))
+
+    def risks(self, processor: RectificationProcessor, prompt: Prompt, continuation: Continuation) -> list[float]:
+        """The risk of each token of a continuation, from 0 to 1."""
+        prefix = self.tokenizer(prompt.text)["input_ids"]
+        ids = torch.tensor([[*prefix, *continuation.token_ids]])
+        risks: Tensor = token_risks(processor.q_network, ids)
+        return risks[0, len(prefix) :].tolist()
+
+
+def batches(prompts: list[Prompt], size: int) -> Iterator[tuple[int, list[Prompt]]]:
+    """Numbered batches in the order of the prompts."""
+    for start in range(0, len(prompts), size):
+        yield start // size, prompts[start : start + size]
+
+
+def refuse_long_prompts(too_long: dict[int, str]) -> None:
+    """Raise for the first of the prompts that `Generator.check_lengths` found.
+
+    Raises:
+        PromptError: there is one.
+    """
+    for index, message in too_long.items():
+        raise PromptError(f"prompt {index + 1}: {message}")
