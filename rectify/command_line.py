@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 from rectify.errors import RectifyError
@@ -33,6 +34,7 @@ def execute(run: Callable[[argparse.Namespace], None], parser: Parser, argv: lis
     """
     arguments = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         run(arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -13,25 +13,26 @@ from rectify.errors import CheckpointError
 POCKET = {"pocket": "lm", "pocket-q": "q"}
 
 
-def checkpoint_folder(name: str | Path, revision: str | None = None) -> Path:
+def checkpoint_folder(name: str | Path, revision: str | None = None, files: list[str] | None = None) -> Path:
     """The local folder of a checkpoint, downloaded first where the name is a Hub id.
 
     Args:
         name: a folder, `"pocket"` or `"pocket-q"` (the models inside the package), or a Hub id.
         revision: branch, tag or commit of a Hub id.
+        files: patterns of the files to download; all by default.
 
     Raises:
         CheckpointError: there is no such folder, and the Hub does not give one.
     """
     if str(name) in POCKET:
-        return Path(str(files("rectify.pocket") / POCKET[str(name)]))
+        return Path(str(resources.files("rectify.pocket") / POCKET[str(name)]))
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise CheckpointError(f"{str(name)!r} is a file: give the folder that holds the checkpoint")
     try:
-        return Path(snapshot_download(str(name), revision=revision))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

@@ -44,16 +44,24 @@ class Rectified(NamedTuple):
 
 
 class Reshaped(NamedTuple):
-    """One stage of a rule: `[B, V]` log policy, `[B]` tokens held back, `[B]` whether the stage was feasible."""
+    """One stage of a rule.
+
+    Attributes:
+        log_policy: `[B, V]` normalised.
+        capped: `[B]` int64, tokens held at their cap or removed.
+        changed: `[B]` bool, whether the stage changed anything.
+        feasible: `[B]` bool; a row where it is False holds no policy and is to be replaced.
+    """
 
     log_policy: Tensor
     capped: Tensor
+    changed: Tensor
     feasible: Tensor
 
 
 def log_survival(q: Tensor, p_min: float) -> Tensor:
     """`log max(1 + Q, p_min)`, float32 or better; `p_min` keeps it finite."""
-    return (1 + q).clamp(p_min, 1).log()
+    return (1 + q).clamp_(p_min, 1).log_()
 
 
 def project_onto_caps(log_policy: Tensor, caps: Tensor) -> Reshaped:
@@ -67,30 +75,35 @@ def project_onto_caps(log_policy: Tensor, caps: Tensor) -> Reshaped:
         log_policy: `[B, V]` normalised log-probabilities, float32 or float64; `-inf` outside the support.
         caps: `[B, V]` of the same dtype, in (0, 1].
 
-    Returns:
-        The projected log policy, the number of binding caps, and whether the caps over the support sum to at least 1.
-        Rows where they do not hold no policy and are to be replaced.
-
     Source: the minimiser of KL(π‖π₀) under box constraints, from its Lagrange conditions. The published code's two
     passes of cap and renormalise leave tokens up to three times above their caps.
     """
-    support = log_policy > -math.inf
     slack = 8 * torch.finfo(caps.dtype).eps
-    feasible = torch.where(support, caps, 0).sum(-1) >= 1 - slack
+    feasible = caps.masked_fill(log_policy == -math.inf, 0).sum(-1) >= 1 - slack
     log_caps = caps.log()
+    room = log_caps - log_policy  # a cap binds once log t exceeds it; infinite outside the support
     log_t = torch.zeros_like(log_policy[:, :1])
-    bound = log_policy > log_caps
+    bound = room < 0
     while bound.any():
-        free = 1 - torch.where(bound, caps, 0).sum(-1, keepdim=True)
-        rest = torch.where(bound, -math.inf, log_policy).logsumexp(-1, keepdim=True)
-        step = free.clamp_min(torch.finfo(free.dtype).tiny).log() - rest
-        # with nothing left to raise, or nothing bound, t stays
-        log_t = torch.where(rest.isfinite() & bound.any(-1, keepdim=True), torch.maximum(step, log_t), log_t)
-        grown = bound | (log_policy + log_t > log_caps)
+        free = 1 - caps.masked_fill(~bound, 0).sum(-1, keepdim=True)
+        step = free.clamp_min_(torch.finfo(caps.dtype).tiny).log_() - _logsumexp(
+            log_policy.masked_fill(bound, -math.inf)
+        )
+        # with nothing bound, or nothing left to raise, t stays
+        log_t = torch.where(step.isfinite() & bound.any(-1, keepdim=True), torch.maximum(step, log_t), log_t)
+        grown = bound | (room < log_t)
         if torch.equal(grown, bound):
             break
         bound = grown
-    return Reshaped(torch.where(bound, log_caps, log_policy + log_t), bound.sum(-1), feasible)
+    capped = bound.sum(-1)
+    return Reshaped(torch.where(bound, log_caps, log_policy + log_t), capped, capped > 0, feasible)
+
+
+def _logsumexp(x: Tensor) -> Tensor:
+    """`[B, 1]`; overwrites its argument, and so needs no other memory of its size."""
+    highest = x.amax(-1, keepdim=True)
+    shift = highest.masked_fill(highest == -math.inf, 0)
+    return x.sub_(shift).exp_().sum(-1, keepdim=True).log_().add_(shift)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +136,8 @@ class Rule:
 
     def reshape(self, log_policy: Tensor, q: Tensor) -> Reshaped:
         """The rule itself, before the cap: `[B, V]` log policy and Q of the same dtype."""
-        rows = log_policy[:, 0]
-        return Reshaped(log_policy, torch.zeros_like(rows, dtype=torch.int64), torch.ones_like(rows, dtype=torch.bool))
+        none = torch.zeros_like(log_policy[:, 0], dtype=torch.int64)
+        return Reshaped(log_policy, none, none != 0, none == 0)
 
     def apply(self, log_policy: Tensor, q: Tensor) -> Reshaped:
         """The rule and the cap that follows it."""
@@ -133,7 +146,12 @@ class Rule:
             return reshaped
         caps = (1 + q - self.epsilon).clamp(self.p_min, 1)
         capped = project_onto_caps(reshaped.log_policy, caps)
-        return Reshaped(capped.log_policy, reshaped.capped + capped.capped, reshaped.feasible & capped.feasible)
+        return Reshaped(
+            capped.log_policy,
+            reshaped.capped + capped.capped,
+            reshaped.changed | capped.changed,
+            reshaped.feasible & capped.feasible,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +176,9 @@ class Tilt(Rule):
         _check_range("beta", self.beta, 0, math.inf)
 
     def reshape(self, log_policy: Tensor, q: Tensor) -> Reshaped:
-        penalty = self.beta * log_survival(q, self.p_min)
-        tilted = (log_policy + penalty).log_softmax(-1)
-        safe = (penalty == 0).all(-1, keepdim=True)  # nothing to change: keep every bit
-        return super().reshape(torch.where(safe, log_policy, tilted), q)
+        penalty = log_survival(q, self.p_min).mul_(self.beta)
+        changed = penalty.amin(-1) < 0
+        return super().reshape(penalty.add_(log_policy).log_softmax(-1), q)._replace(changed=changed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +227,9 @@ class Advantage(Rule):
 
 def _remove(log_policy: Tensor, risky: Tensor) -> Reshaped:
     risky = risky & (log_policy > -math.inf)
-    kept = torch.where(risky, -math.inf, log_policy)
-    total = kept.logsumexp(-1, keepdim=True)
-    feasible = total > -math.inf
-    return Reshaped(torch.where(feasible, kept - total, log_policy), risky.sum(-1), feasible.squeeze(-1))
+    kept = log_policy.masked_fill(risky, -math.inf)
+    removed = risky.sum(-1)
+    return Reshaped(kept.log_softmax(-1), removed, removed > 0, kept.amax(-1) > -math.inf)
 
 
 def rectify(scores: Tensor, q: Tensor, rule: Rule, unwarped: Tensor | None = None) -> Rectified:
@@ -246,26 +262,28 @@ def rectify(scores: Tensor, q: Tensor, rule: Rule, unwarped: Tensor | None = Non
         )
     dtype = torch.promote_types(torch.promote_types(scores.dtype, q.dtype), torch.float32)
     scores, q = scores.to(dtype), q.to(dtype)
-    normaliser = scores.logsumexp(-1, keepdim=True)
-    log_policy = scores - normaliser
+    log_policy = scores.log_softmax(-1)
     result = rule.apply(log_policy, q)
-    log_rectified, capped = result.log_policy, result.capped
-    widened = dead_end = torch.zeros_like(result.feasible)
+    log_rectified, capped, changed = result.log_policy, result.capped, result.changed
+    widened = dead_end = torch.zeros_like(changed)
     if not rule.always_feasible and not result.feasible.all():
         rows = (~result.feasible).nonzero().squeeze(-1)
         log_whole = log_policy[rows] if unwarped is None else unwarped[rows].to(dtype).log_softmax(-1)
         whole = rule.apply(log_whole, q[rows])
-        fallback = (log_whole + log_survival(q[rows], rule.p_min)).log_softmax(-1)
+        fallback = log_survival(q[rows], rule.p_min).add_(log_whole).log_softmax(-1)
         chosen = torch.where(whole.feasible[:, None], whole.log_policy, fallback)
         log_rectified = log_rectified.index_copy(0, rows, chosen)
         capped = capped.index_copy(0, rows, torch.where(whole.feasible, whole.capped, 0))
+        changed = changed | ~result.feasible
         dead_end = dead_end.index_copy(0, rows, ~whole.feasible)
         widened = widened.index_copy(0, rows, whole.feasible)
-    moved = (log_policy.exp() - log_rectified.exp()).clamp_min(0).sum(-1)
+    overlap = torch.minimum(log_policy, log_rectified).exp_().sum(-1)
     # Beam search compares rows, so the normaliser of log-probabilities is kept; that of raw logits is dropped.
-    shift = torch.where(normaliser.abs() <= _COMPARABLE, normaliser, 0)
-    changed = (log_rectified != log_policy).any(-1, keepdim=True)
-    return Rectified(torch.where(changed, log_rectified + shift, scores), capped, moved, widened, dead_end)
+    normaliser = (scores.amax(-1) - log_policy.amax(-1))[:, None]
+    shift = normaliser.masked_fill(normaliser.abs() > _COMPARABLE, 0)
+    rectified = torch.where(changed[:, None], log_rectified + shift, scores)
+    moved = torch.where(changed, (1 - overlap).clamp_(0, 1), 0)
+    return Rectified(rectified, capped, moved, widened, dead_end)
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

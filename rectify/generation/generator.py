@@ -33,7 +33,9 @@ def load_language_model(
     Raises:
         CheckpointError: nothing usable is there.
     """
-    place: str | Path = checkpoint_folder(name) if name in POCKET else name
+    # a name that leads nowhere is refused here at once; transformers would try for most of a minute
+    folder = checkpoint_folder(name, files=["config.json"])
+    place: str | Path = folder if name in POCKET else name
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
     try:

@@ -140,5 +140,6 @@ def train_language_model(texts: Sequence[LabelledText], output: Path, epochs: fl
     model.generation_config = GenerationConfig(
         do_sample=True, top_p=0.9, bos_token_id=0, eos_token_id=0, pad_token_id=0
     )
+    model.config.use_cache = True  # Trainer switches it off
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)

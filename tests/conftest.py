@@ -1,0 +1,89 @@
+"""Tiny random models, Q networks and tokenizers; nothing is fetched, and every draw is seeded."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+
+from rectify import DeadEndQNetwork
+
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {**WIDTHS, "num_key_value_heads": 2, "max_position_embeddings": 160}
+KINDS = {
+    "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 160}),
+    "llama": (LlamaConfig, LLAMA),
+    "sliding": (MistralConfig, {**LLAMA, "sliding_window": 4}),
+}
+
+
+def build_model(kind="gpt2", seed=0, **changes):
+    config_class, sizes = KINDS[kind]
+    torch.manual_seed(seed)
+    # wide enough that attention and positions show in the outputs
+    settings = {"vocab_size": 97, "initializer_range": 0.3, **SPECIAL, **sizes, **changes}
+    return AutoModelForCausalLM.from_config(config_class(**settings)).eval()
+
+
+def build_q_network(kind="gpt2", seed=1, noise=0.5, tokenizer=None, rank=16, **changes):
+    q_network = DeadEndQNetwork.from_trunk(build_model(kind, seed, **changes), tokenizer=tokenizer, rank=rank)
+    with torch.no_grad():
+        for parameter in q_network.head.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return q_network.eval()
+
+
+def build_tokenizer(words=97, pad="t0", eos="t2", rename=()):
+    names = {index: f"t{index}" for index in range(words)} | dict(rename)
+    tokenizer = Tokenizer(models.WordLevel({name: index for index, name in names.items()}, unk_token=names[3]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t1", eos_token=eos, pad_token=pad)
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """`make_model(kind, seed, **changes of the configuration)`: a causal model of random weights."""
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def make_q_network():
+    """`make_q_network(kind, seed, noise, tokenizer, rank, **changes)`: a Q network whose values vary."""
+    return build_q_network
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """`make_tokenizer(words, pad, eos, rename)`: the tokens t0, t1 …, each a word."""
+    return build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def model():
+    return build_model()
+
+
+@pytest.fixture(scope="session")
+def q_network():
+    return build_q_network()
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """`spy(q_network)`: a list that gets the `(rows, tokens)` of every run of its trunk."""
+
+    def watch(q_network):
+        runs, encode = [], q_network.encode
+
+        def encode_and_note(input_ids, *arguments, **named):
+            runs.append(tuple(input_ids.shape))
+            return encode(input_ids, *arguments, **named)
+
+        monkeypatch.setattr(q_network, "encode", encode_and_note)
+        return runs
+
+    return watch
