@@ -63,6 +63,10 @@ class LowRankHead(nn.Module):
         chosen = (state * F.embedding(actions, self.tokens.weight)).sum(-1) + self.tokens.bias[actions]
         return (chosen + value.squeeze(-1)).float()
 
+    def log_survival(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
+        """`log(1 + Q)`, float32 and exact to the last digits where `Q` is near −1: shapes as in `forward`."""
+        return F.logsigmoid(-self.risk_logits(hidden, actions))
+
     def forward(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
         """`Q` of `[..., hidden_size]` states, float32: `[..., V]`, or `[...]` for `actions` `[...]`."""
         return -self.risk_logits(hidden, actions).sigmoid()
@@ -87,3 +91,7 @@ class PublishedHead(nn.Module):
         else:
             q = (state * F.embedding(actions, self.tokens.weight)).sum(-1) + self.tokens.bias[actions]
         return q.float().clamp(-1, 0)
+
+    def log_survival(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
+        """`log(1 + Q)`, float32: shapes as in `forward`."""
+        return self(hidden, actions).log1p()

@@ -88,12 +88,13 @@ class PrefixMemo:
 
     Args:
         q_network: whose trunk is run.
-        use_cache: whether to remember anything; without it every call runs over whole prefixes (the slow reference).
+        use_cache: whether to remember anything; without it, and with a recurrent trunk, every call runs over whole
+            prefixes (the slow reference).
     """
 
     def __init__(self, q_network: DeadEndQNetwork, use_cache: bool = True) -> None:
         self.q_network = q_network
-        self.use_cache = use_cache
+        self.use_cache = use_cache and not q_network.recurrent
         self.clear()
 
     def clear(self) -> None:

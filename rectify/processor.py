@@ -165,15 +165,15 @@ class RectificationProcessor(LogitsProcessor):
                 of other prompts.
         """
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        q = self.next_token_q(input_ids, scores.shape[-1]).to(scores.device)
+        log_survival = self.next_token_log_survival(input_ids, scores.shape[-1]).to(scores.device)
         warped = self._warpers(input_ids, scores)
-        result = rectify(warped, q, self.rule, unwarped=scores if self.sampling.truncates else None)
+        result = rectify(warped, log_survival, self.rule, unwarped=scores if self.sampling.truncates else None)
         self._count(result)
         return result.scores
 
     @torch.no_grad()
-    def next_token_q(self, input_ids: Tensor, vocab_size: int | None = None) -> Tensor:
-        """`Q` of every token after each prefix: `[B, T]` ids to `[B, vocab_size]` float32."""
+    def next_token_log_survival(self, input_ids: Tensor, vocab_size: int | None = None) -> Tensor:
+        """`log(1 + Q)` of every token after each prefix: `[B, T]` ids to `[B, vocab_size]` float32."""
         self._check_width(vocab_size)
         context = self.q_network.context
         if context is not None and input_ids.shape[1] > context:
@@ -182,10 +182,10 @@ class RectificationProcessor(LogitsProcessor):
                 "generate fewer tokens, or use a Q network with a longer context"
             )
         prefixes = input_ids.masked_fill(~self._real(input_ids), MASKED).to(self.q_network.device)
-        q = self.q_network.head(self._memo.last_hidden(prefixes))
+        log_survival = self.q_network.head.log_survival(self._memo.last_hidden(prefixes))
         # rows that pad a model's embeddings stand for no token
-        extra = 0 if vocab_size is None else vocab_size - q.shape[-1]
-        return torch.nn.functional.pad(q, (0, extra), value=-1.0) if extra else q
+        extra = 0 if vocab_size is None else vocab_size - log_survival.shape[-1]
+        return torch.nn.functional.pad(log_survival, (0, extra), value=-torch.inf) if extra else log_survival
 
     def _real(self, input_ids: Tensor) -> Tensor:
         """`[B, T]` bool, False at padding."""

@@ -91,6 +91,8 @@ class DeadEndQNetwork(nn.Module):
             )
         inner = trunk.get_base_model() if isinstance(trunk, PeftModel) else trunk
         self._takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
+        self.recurrent: bool = getattr(inner, "_is_stateful", False)
+        """Whether the trunk keeps recurrent states, which cannot be cropped to a shorter prefix."""
 
     # -----------------------------------------------------------------------------------------------------------------
     # Making, saving, loading
@@ -217,7 +219,9 @@ class DeadEndQNetwork(nn.Module):
         Returns:
             `[B, T, hidden_size]` in the trunk's dtype.
         """
-        arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
+        arguments: dict[str, Any] = {"use_cache": False}
+        if cache is not None:
+            arguments = {"past_key_values": cache, "use_cache": True}
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask
             if self._takes_positions:

@@ -8,6 +8,9 @@ Rectification of Language Models via Dead-end Analysis", ICLR 2023) asks for
 `Cap` meets it exactly, at the least distance from the base policy. `Tilt`, `Mask` and `Advantage` reshape the policy
 first, because a cap binds only where a token's probability exceeds its survival and so leaves rare toxic tokens alone;
 each of them can be followed by the cap (`epsilon`).
+
+The values come in as `log(1 + Q)`: in float32 `1 + Q` has no digits left where `Q` is near −1, and a tilt would magnify
+that.
 """
 
 from __future__ import annotations
@@ -57,11 +60,6 @@ class Reshaped(NamedTuple):
     capped: Tensor
     changed: Tensor
     feasible: Tensor
-
-
-def log_survival(q: Tensor, p_min: float) -> Tensor:
-    """`log max(1 + Q, p_min)`, float32 or better; `p_min` keeps it finite."""
-    return (1 + q).clamp_(p_min, 1).log_()
 
 
 def project_onto_caps(log_policy: Tensor, caps: Tensor) -> Reshaped:
@@ -134,17 +132,17 @@ class Rule:
         """Whether no state can be infeasible under this rule, whatever its Q values."""
         return self.epsilon is None
 
-    def reshape(self, log_policy: Tensor, q: Tensor) -> Reshaped:
-        """The rule itself, before the cap: `[B, V]` log policy and Q of the same dtype."""
+    def reshape(self, log_policy: Tensor, log_survival: Tensor) -> Reshaped:
+        """The rule itself, before the cap: `[B, V]` log policy and `log(1 + Q)` of the same dtype."""
         none = torch.zeros_like(log_policy[:, 0], dtype=torch.int64)
         return Reshaped(log_policy, none, none != 0, none == 0)
 
-    def apply(self, log_policy: Tensor, q: Tensor) -> Reshaped:
+    def apply(self, log_policy: Tensor, log_survival: Tensor) -> Reshaped:
         """The rule and the cap that follows it."""
-        reshaped = self.reshape(log_policy, q)
+        reshaped = self.reshape(log_policy, log_survival)
         if self.epsilon is None:
             return reshaped
-        caps = (1 + q - self.epsilon).clamp(self.p_min, 1)
+        caps = log_survival.exp().sub_(self.epsilon).clamp_(self.p_min, 1)
         capped = project_onto_caps(reshaped.log_policy, caps)
         return Reshaped(
             capped.log_policy,
@@ -175,10 +173,10 @@ class Tilt(Rule):
         super().__post_init__()
         _check_range("beta", self.beta, 0, math.inf)
 
-    def reshape(self, log_policy: Tensor, q: Tensor) -> Reshaped:
-        penalty = log_survival(q, self.p_min).mul_(self.beta)
+    def reshape(self, log_policy: Tensor, log_survival: Tensor) -> Reshaped:
+        penalty = log_survival.clamp_min(math.log(self.p_min)).mul_(self.beta)
         changed = penalty.amin(-1) < 0
-        return super().reshape(penalty.add_(log_policy).log_softmax(-1), q)._replace(changed=changed)
+        return super().reshape(penalty.add_(log_policy).log_softmax(-1), log_survival)._replace(changed=changed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +197,8 @@ class Mask(Rule):
     def always_feasible(self) -> bool:
         return False
 
-    def reshape(self, log_policy: Tensor, q: Tensor) -> Reshaped:
-        return _remove(log_policy, 1 + q < self.threshold)
+    def reshape(self, log_policy: Tensor, log_survival: Tensor) -> Reshaped:
+        return _remove(log_policy, log_survival.exp() < self.threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +217,8 @@ class Advantage(Rule):
         super().__post_init__()
         _check_range("tau", self.tau, 0, 1)
 
-    def reshape(self, log_policy: Tensor, q: Tensor) -> Reshaped:
+    def reshape(self, log_policy: Tensor, log_survival: Tensor) -> Reshaped:
+        q = log_survival.expm1()
         value = (log_policy.exp() * q).sum(-1, keepdim=True)
         safest = torch.where(log_policy > -math.inf, q, -math.inf).amax(-1, keepdim=True)
         return _remove(log_policy, (q - value < -self.tau) & (q < safest))
@@ -232,7 +231,7 @@ def _remove(log_policy: Tensor, risky: Tensor) -> Reshaped:
     return Reshaped(kept.log_softmax(-1), removed, removed > 0, kept.amax(-1) > -math.inf)
 
 
-def rectify(scores: Tensor, q: Tensor, rule: Rule, unwarped: Tensor | None = None) -> Rectified:
+def rectify(scores: Tensor, log_survival: Tensor, rule: Rule, unwarped: Tensor | None = None) -> Rectified:
     """Apply a rule to a batch of next-token scores.
 
     Where the rule is infeasible on the truncated support, the policy is widened to the unwarped one; where that is
@@ -241,7 +240,7 @@ def rectify(scores: Tensor, q: Tensor, rule: Rule, unwarped: Tensor | None = Non
     Args:
         scores: `[B, V]` logits or log-probabilities after the sampling warpers, of any floating dtype; computed in
             float32 or better. `-inf` removes a token.
-        q: `[B, V]` dead-end values in [−1, 0].
+        log_survival: `[B, V]` `log(1 + Q)`, 0 or less; of dead-end values `q` it is `q.log1p()`.
         rule: the rule.
         unwarped: `[B, V]` scores before the warpers; `None` where nothing was truncated.
 
@@ -252,25 +251,25 @@ def rectify(scores: Tensor, q: Tensor, rule: Rule, unwarped: Tensor | None = Non
         >>> import torch
         >>> from rectify.rule import Cap, rectify
         >>> scores, q = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[-0.7, 0.0]])
-        >>> rectify(scores, q, Cap(epsilon=0.0)).scores.softmax(-1)
+        >>> rectify(scores, q.log1p(), Cap(epsilon=0.0)).scores.softmax(-1)
         tensor([[0.3000, 0.7000]])
     """
-    if scores.shape != q.shape or (unwarped is not None and unwarped.shape != scores.shape):
-        other = tuple(q.shape) if unwarped is None else (tuple(q.shape), tuple(unwarped.shape))
-        raise InvalidArgumentError(
-            f"scores have shape {tuple(scores.shape)}, q (and unwarped) {other}: give equal shapes"
-        )
-    dtype = torch.promote_types(torch.promote_types(scores.dtype, q.dtype), torch.float32)
-    scores, q = scores.to(dtype), q.to(dtype)
+    for name, other in (("log_survival", log_survival), ("unwarped", unwarped)):
+        if other is not None and other.shape != scores.shape:
+            raise InvalidArgumentError(
+                f"{name} has shape {tuple(other.shape)}, scores have {tuple(scores.shape)}: give equal shapes"
+            )
+    dtype = torch.promote_types(torch.promote_types(scores.dtype, log_survival.dtype), torch.float32)
+    scores, log_survival = scores.to(dtype), log_survival.to(dtype)
     log_policy = scores.log_softmax(-1)
-    result = rule.apply(log_policy, q)
+    result = rule.apply(log_policy, log_survival)
     log_rectified, capped, changed = result.log_policy, result.capped, result.changed
     widened = dead_end = torch.zeros_like(changed)
     if not rule.always_feasible and not result.feasible.all():
         rows = (~result.feasible).nonzero().squeeze(-1)
         log_whole = log_policy[rows] if unwarped is None else unwarped[rows].to(dtype).log_softmax(-1)
-        whole = rule.apply(log_whole, q[rows])
-        fallback = log_survival(q[rows], rule.p_min).add_(log_whole).log_softmax(-1)
+        whole = rule.apply(log_whole, log_survival[rows])
+        fallback = log_survival[rows].clamp_min(math.log(rule.p_min)).add_(log_whole).log_softmax(-1)
         chosen = torch.where(whole.feasible[:, None], whole.log_policy, fallback)
         log_rectified = log_rectified.index_copy(0, rows, chosen)
         capped = capped.index_copy(0, rows, torch.where(whole.feasible, whole.capped, 0))

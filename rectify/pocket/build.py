@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder per data set")
     parser.add_argument("--output", type=Path, required=True, help="folder for the models and the checkpoints")
     parser.add_argument("--epochs", type=float, default=2.5, help="of the language model (default: %(default)s)")
-    parser.add_argument("--q_epochs", type=float, default=2.0, help="of the Q network (default: %(default)s)")
+    parser.add_argument("--q_epochs", type=float, default=1.0, help="of the Q network (default: %(default)s)")
     parser.add_argument("--rollouts", type=int, default=36_000, help="sampled continuations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
