@@ -7,7 +7,7 @@ from rectify.errors import (
     RectifyError,
     VocabularyMismatchError,
 )
-from rectify.hub import checkpoint_folder
+from rectify.hub import checkpoint_folder, load_language_model
 from rectify.processor import RectificationProcessor, Statistics
 from rectify.q_network import DeadEndQNetwork, QConfig, token_risks
 from rectify.rule import Advantage, Cap, Mask, Rule, Tilt, make_rule
@@ -30,6 +30,7 @@ __all__ = [
     "VocabularyMismatchError",
     "__version__",
     "checkpoint_folder",
+    "load_language_model",
     "make_rule",
     "token_risks",
 ]

@@ -1,12 +1,14 @@
-"""Where checkpoints come from: a local folder, the name of a bundled model, or a Hub id."""
+"""Where models come from: a local folder, the name of a bundled model, or a Hub id."""
 
 from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.errors import CheckpointError
 
@@ -39,3 +41,36 @@ def checkpoint_folder(name: str | Path, revision: str | None = None, files: list
             f"{str(name)!r} is neither a folder here nor a model that the Hub gives ({reason}): "
             "check the path, or the id and the connection"
         ) from error
+
+
+def load_language_model(
+    name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, padding on the left, in evaluation mode.
+
+    Args:
+        name: a folder, `"pocket"` or a Hub id.
+        dtype: of the weights; `None` for float32 on a CPU and the checkpoint's own elsewhere.
+        device: where to put the model.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+    """
+    # a name that leads nowhere is refused here at once; transformers would try for most of a minute
+    folder = checkpoint_folder(name, files=["config.json"])
+    place: str | Path = folder if name in POCKET else name
+    if dtype is None and torch.device(device).type == "cpu":
+        dtype = torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype="auto" if dtype is None else dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"model {name!r} is neither a usable folder nor a model that the Hub gives ({reason}): "
+            "check the path, or the id and the connection"
+        ) from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]

@@ -161,6 +161,7 @@ class PrefixMemo:
             if parents is not None:
                 tensor.select(parents)
         for layer in self._cache.layers:
+            assert isinstance(layer, _GrowingLayer)
             layer.keep(length, parents)
 
     def _encode(self, prefixes: Tensor, start: int) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.errors import InvalidArgumentError, VocabularyMismatchError
@@ -60,14 +60,12 @@ class RectificationProcessor(LogitsProcessor):
         InvalidArgumentError: a sampling setting is out of range.
 
     Example:
-        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
-        >>> from rectify import RectificationProcessor, checkpoint_folder
-        >>> model = AutoModelForCausalLM.from_pretrained(checkpoint_folder("pocket"))
-        >>> tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder("pocket"))
+        >>> from rectify import RectificationProcessor, load_language_model
+        >>> model, tokenizer = load_language_model("pocket")
         >>> processor = RectificationProcessor.from_pretrained("pocket-q", model=model, tokenizer=tokenizer)
         >>> inputs = tokenizer("You are such a", return_tensors="pt")
         >>> options = processor.generate_kwargs()
-        >>> ids = model.generate(**inputs, logits_processor=[processor], **options, max_new_tokens=9)
+        >>> ids = model.generate(**inputs, logits_processor=[processor], **options, min_new_tokens=9, max_new_tokens=9)
         >>> processor.statistics().decisions
         9
     """
@@ -166,7 +164,7 @@ class RectificationProcessor(LogitsProcessor):
         """
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         log_survival = self.next_token_log_survival(input_ids, scores.shape[-1]).to(scores.device)
-        warped = self._warpers(input_ids, scores)
+        warped = self._warpers(cast(LongTensor, input_ids), cast(FloatTensor, scores))
         result = rectify(warped, log_survival, self.rule, unwarped=scores if self.sampling.truncates else None)
         self._count(result)
         return result.scores

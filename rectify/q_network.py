@@ -9,7 +9,7 @@ import inspect
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -117,11 +117,11 @@ class DeadEndQNetwork(nn.Module):
             tokenizer: whose vocabulary is recorded, so that a model of another one is refused.
             rank, mlp_size, base_rate: see `QConfig`.
         """
-        trunk = trunk.base_model
-        embeddings = trunk.get_input_embeddings().weight
+        body: PreTrainedModel | PeftModel = cast(PreTrainedModel, trunk.base_model)
+        embeddings = cast(nn.Embedding, body.get_input_embeddings()).weight
         config = QConfig(
             vocab_size=embeddings.shape[0],
-            hidden_size=trunk.config.get_text_config().hidden_size,
+            hidden_size=body.config.get_text_config().hidden_size,
             rank=rank,
             mlp_size=mlp_size,
             base_rate=base_rate,
@@ -135,10 +135,10 @@ class DeadEndQNetwork(nn.Module):
                     "adapter names no base_model_name_or_path and the trunk was made in memory: "
                     "say where the trunk can be loaded from, or train it whole"
                 )
-            trunk = get_peft_model(trunk, adapter)
+            body = cast(PeftModel, get_peft_model(body, adapter))
             adapter.base_model_name_or_path = config.base_model
-        network = cls(config, trunk)
-        network.head.start_from_embeddings(embeddings)
+        network = cls(config, body)
+        cast(LowRankHead, network.head).start_from_embeddings(embeddings)
         return network.to(embeddings.device)
 
     @classmethod
@@ -192,7 +192,7 @@ class DeadEndQNetwork(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2, ensure_ascii=False) + "\n")
         save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / HEAD_FILE)
-        self.trunk.save_pretrained(folder / (TRUNK_FOLDER if self.config.base_model is None else ADAPTER_FOLDER))
+        self.trunk.save_pretrained(str(folder / (TRUNK_FOLDER if self.config.base_model is None else ADAPTER_FOLDER)))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Values

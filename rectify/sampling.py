@@ -75,7 +75,9 @@ class Sampling:
     @classmethod
     def resolve(cls, defaults: GenerationConfig | None, **given: Any) -> Sampling:
         """What was given, and else what a model's generation_config sets (never the library's own top_k of 50)."""
-        values = {name: getattr(defaults, name, None) for name in ("do_sample", *_NEUTRAL)} if defaults else {}
+        values: dict[str, Any] = (
+            {name: getattr(defaults, name, None) for name in ("do_sample", *_NEUTRAL)} if defaults else {}
+        )
         values |= {name: value for name, value in given.items() if value is not None}
         return cls(**values)
 

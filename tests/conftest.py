@@ -29,7 +29,7 @@ def build_model(kind="gpt2", seed=0, **changes):
     return AutoModelForCausalLM.from_config(config_class(**settings)).eval()
 
 
-def build_q_network(kind="gpt2", seed=1, noise=0.1, tokenizer=None, rank=16, **changes):
+def build_q_network(kind="gpt2", seed=1, noise=0.3, tokenizer=None, rank=16, **changes):
     q_network = DeadEndQNetwork.from_trunk(build_model(kind, seed, **changes), tokenizer=tokenizer, rank=rank)
     with torch.no_grad():
         for parameter in q_network.head.parameters():

@@ -16,8 +16,7 @@ from rectify import Cap, DeadEndQNetwork, InvalidArgumentError, RectificationPro
 from rectify.rule import rectify
 
 VOCABULARY = 97
-# the floor keeps log(1 + Q) well conditioned in float32
-RULE = Tilt(beta=2.0, p_min=0.01)
+RULE = Tilt(beta=2.0)
 CLOSE = 1e-4
 
 
@@ -43,9 +42,9 @@ def padded(rows, pad):
 
 
 @torch.no_grad()
-def whole_q(q_network, prefix):
-    """Q after one prefix, without padding or cache: `[V]`."""
-    return q_network(prefix.reshape(1, -1))[0, -1]
+def log_survival_of(q_network, prefix):
+    """`log(1 + Q)` after one prefix, without padding or cache: `[V]`."""
+    return q_network.head.log_survival(q_network.encode(prefix.reshape(1, -1)))[0, -1]
 
 
 class Compared(LogitsProcessor):
@@ -139,8 +138,8 @@ def test_half_precision(model, q_network, model_dtype, q_dtype, close, way):
     scores = torch.randn(2, VOCABULARY, dtype=model_dtype)
     assert processor.cached(ids, scores).dtype == torch.float32
     exact = RectificationProcessor(q_network, RULE, attention_mask=mask)
-    assert (processor.cached.next_token_q(ids) - exact.next_token_q(ids)).abs().max() < 0.05
-    assert processor.cached.next_token_q(ids).dtype == torch.float32
+    assert (processor.cached.next_token_log_survival(ids) - exact.next_token_log_survival(ids)).abs().max() < 0.05
+    assert processor.cached.next_token_log_survival(ids).dtype == torch.float32
 
 
 @pytest.fixture
@@ -212,14 +211,14 @@ def test_rows_whose_number_changes_between_calls(model, q_network):
 def test_reset_makes_changed_weights_count(q_network):
     changing = copy.deepcopy(q_network)
     processor, ids = RectificationProcessor(changing, RULE), prompts(2)
-    before = processor.next_token_q(ids)
+    before = processor.next_token_log_survival(ids)
     with torch.no_grad():
         for parameter in changing.parameters():
             parameter.add_(0.1)
     processor.reset()
-    after = processor.next_token_q(ids)
+    after = processor.next_token_log_survival(ids)
     assert not torch.allclose(before, after)
-    assert torch.allclose(after, RectificationProcessor(changing, RULE).next_token_q(ids), atol=CLOSE)
+    assert torch.allclose(after, RectificationProcessor(changing, RULE).next_token_log_survival(ids), atol=CLOSE)
 
 
 # --- the cost
@@ -321,9 +320,9 @@ def test_padding_changes_nothing(models, q_networks, make_tokenizer, kind, texts
     )
     if told == "later":
         processor.set_attention_mask(mask)
-    q = processor.cached.next_token_q(ids)
+    found = processor.cached.next_token_log_survival(ids)
     for row, text in enumerate(rows):
-        assert torch.allclose(q[row], whole_q(q_network, torch.tensor(text)), atol=1e-5)
+        assert torch.allclose(found[row], log_survival_of(q_network, torch.tensor(text)), atol=CLOSE)
     # no end, so that no row is padded on the right
     output = decode(model, ids, processor, attention_mask=mask, eos_token_id=None, pad_token_id=tokenizer.pad_token_id)
     assert processor.worst < CLOSE
@@ -337,11 +336,11 @@ def test_the_mask_is_repeated_for_beams_and_samples(model, q_network):
     ids, mask = padded([[2, 6, 7, 8], [5], [2, 9]], 2)
     processor = RectificationProcessor(q_network, RULE, attention_mask=mask)
     repeated = torch.cat([ids.repeat_interleave(2, 0), torch.full((6, 1), 30)], 1)
-    q = processor.next_token_q(repeated)
+    found = processor.next_token_log_survival(repeated)
     for row, text in enumerate([[2, 6, 7, 8], [5], [2, 9]]):
-        expected = whole_q(q_network, torch.tensor([*text, 30]))
-        assert torch.allclose(q[2 * row], expected, atol=1e-5)
-        assert torch.allclose(q[2 * row + 1], expected, atol=1e-5)
+        expected = log_survival_of(q_network, torch.tensor([*text, 30]))
+        assert torch.allclose(found[2 * row], expected, atol=CLOSE)
+        assert torch.allclose(found[2 * row + 1], expected, atol=CLOSE)
 
 
 @pytest.mark.parametrize("shape", [(2, 9), (2, 4), (4, 7), (3, 6)])
@@ -362,9 +361,9 @@ def test_padding_ids_outside_the_vocabulary_do_no_harm(make_model, make_q_networ
     model, q_network = make_model(vocab_size=104), make_q_network(tokenizer=tokenizer)
     ids, mask = padded(rows, 100)
     processor = Compared(q_network, tokenizer=tokenizer, attention_mask=mask)
-    q = processor.cached.next_token_q(ids)
+    found = processor.cached.next_token_log_survival(ids)
     for row, text in enumerate(rows):
-        assert torch.allclose(q[row], whole_q(q_network, torch.tensor(text)), atol=1e-5)
+        assert torch.allclose(found[row], log_survival_of(q_network, torch.tensor(text)), atol=CLOSE)
     ends = {"eos_token_id": list(range(2, 60)), "pad_token_id": 100}
     output = decode(model, ids, processor, attention_mask=mask, do_sample=True, num_return_sequences=4, **ends)
     assert (output[:, 3:] == 100).any(), "no row ended early"
@@ -383,7 +382,7 @@ def brute_force_beams(model, q_network, rule, ids, beams, steps):
         for prefix, total in running:
             prefix_ids = torch.tensor([prefix])
             log_policy = model(prefix_ids).logits[:, -1].double().log_softmax(-1)
-            rectified = rectify(log_policy, whole_q(q_network, prefix_ids)[None].double(), rule).scores[0]
+            rectified = rectify(log_policy, log_survival_of(q_network, prefix_ids)[None].double(), rule).scores[0]
             grown += [([*prefix, token], total + rectified[token].item()) for token in range(len(rectified))]
         running = sorted(grown, key=lambda beam: -beam[1])[:beams]
     return running
@@ -433,17 +432,17 @@ def capped(policy, caps):
     return torch.minimum(caps, high * policy)
 
 
-def expected_policy(logits, q, rule, **sampling):
-    policy, survival = warped(logits, **sampling), (1 + q.double()).clamp(rule.p_min, 1)
+def expected_policy(logits, log_survival, rule, **sampling):
+    policy, survival = warped(logits, **sampling), log_survival.double().exp()
     if isinstance(rule, Tilt):
-        tilted = policy * survival**rule.beta
+        tilted = policy * survival.clamp(rule.p_min, 1) ** rule.beta
         return tilted / tilted.sum()
-    caps = (1 + q.double() - rule.epsilon).clamp(rule.p_min, 1)
-    whole = logits.double().softmax(-1)
-    for candidate in (capped(policy, caps), capped(whole, caps)):
+    caps = (survival - rule.epsilon).clamp(rule.p_min, 1)
+    unwarped = logits.double().softmax(-1)
+    for candidate in (capped(policy, caps), capped(unwarped, caps)):
         if candidate is not None:
             return candidate
-    return whole * survival / (whole * survival).sum()
+    return unwarped * survival / (unwarped * survival).sum()
 
 
 SAMPLING = [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 0.5, "top_k": 5, "top_p": 0.8}]
@@ -464,15 +463,16 @@ def test_what_is_sampled(make_model, q_network, rule, sampling, source):
         model, ids, processor, max_new_tokens=6, eos_token_id=None, return_dict_in_generate=True, output_scores=True
     )
     with torch.no_grad():
-        logits, q = model(output.sequences).logits, q_network(output.sequences)
+        logits = model(output.sequences).logits
+        log_survival = q_network.head.log_survival(q_network.encode(output.sequences))
     caps_hold = 0
     for step, scores in enumerate(output.scores):
         for row in range(2):
             at = (row, ids.shape[1] - 1 + step)
             policy = scores[row].double().softmax(-1)
-            assert torch.allclose(policy, expected_policy(logits[at], q[at], rule, **sampling), atol=1e-5)
+            assert torch.allclose(policy, expected_policy(logits[at], log_survival[at], rule, **sampling), atol=1e-5)
             if isinstance(rule, Cap):
-                caps = (1 + q[at].double() - rule.epsilon).clamp(1e-7, 1)
+                caps = (log_survival[at].double().exp() - rule.epsilon).clamp(1e-7, 1)
                 caps_hold += (policy <= caps + 1e-5).all().item()
     if isinstance(rule, Cap):
         assert caps_hold == 12 - processor.statistics().dead_ends
@@ -489,6 +489,9 @@ class StubHead(nn.Module):
 
     def forward(self, hidden, actions=None):
         return self.values.expand(*hidden.shape[:-1], -1)
+
+    def log_survival(self, hidden, actions=None):
+        return self(hidden).log1p()
 
 
 @pytest.fixture
@@ -550,7 +553,7 @@ def test_without_sampling_nothing_is_warped(make_model, q_network, num_beams):
     model.generation_config.update(do_sample=True, temperature=3.0, top_k=2, top_p=0.3)
     processor = RectificationProcessor(q_network, RULE, model=model, do_sample=False)
     scores = torch.randn(2, VOCABULARY)
-    expected = rectify(scores, processor.next_token_q(ids), RULE).scores
+    expected = rectify(scores, processor.next_token_log_survival(ids), RULE).scores
     assert torch.equal(processor(ids, scores), expected)
     assert torch.equal(decode(model, ids, processor, num_beams=num_beams), plain)
 
@@ -576,10 +579,9 @@ def test_one_call(q_network, dtype):
     assert not result.requires_grad
     assert torch.equal(scores, kept)
     assert ((result > -math.inf).sum(-1) == 9).all()
-    q = torch.stack([whole_q(q_network, row) for row in ids])
     wide = scores.to(result.dtype)
     for row in range(3):
-        expected = expected_policy(wide[row], q[row], RULE, top_k=9)
+        expected = expected_policy(wide[row], log_survival_of(q_network, ids[row]), RULE, top_k=9)
         assert torch.allclose(result[row].double().softmax(-1), expected, atol=1e-5)
 
 
@@ -645,16 +647,16 @@ def test_a_model_with_padded_embeddings(make_model, make_q_network, make_tokeniz
         with pytest.raises(VocabularyMismatchError, match=r"104 .* 97"):
             RectificationProcessor(q_network, RULE, **arguments)(prompts(), torch.zeros(1, 104))
     processor = Compared(q_network, model=model, tokenizer=tokenizer)
-    result = processor(prompts(), torch.zeros(1, 104))
-    assert processor.cached.next_token_q(prompts(), 104)[0, VOCABULARY:].tolist() == [-1] * 7
-    # rows without a token count as certainly toxic
-    assert (result[0, VOCABULARY:] < result[0, :VOCABULARY].max() - 20).all()
     decode(model, prompts(2), processor)
     assert processor.worst < CLOSE
+    # rows without a token count as certainly toxic
+    processor = RectificationProcessor(q_network, Tilt(), model=model, tokenizer=tokenizer)
+    assert processor.next_token_log_survival(prompts(), 104)[0, VOCABULARY:].tolist() == [-math.inf] * 7
+    assert processor(prompts(), torch.zeros(1, 104)).softmax(-1)[0, VOCABULARY:].sum() < 1e-20
     # the other way about: a Q network of padded embeddings
     wide = make_q_network(tokenizer=tokenizer, vocab_size=104)
     narrow = RectificationProcessor(wide, RULE, model=make_model(), tokenizer=tokenizer)
-    assert torch.equal(narrow.next_token_q(prompts(), VOCABULARY), narrow.next_token_q(prompts())[:, :VOCABULARY])
+    assert torch.equal(narrow.next_token_log_survival(prompts(), VOCABULARY), narrow.next_token_log_survival(prompts())[:, :VOCABULARY])
 
 
 def test_an_unknown_vocabulary_of_the_q_network_proves_nothing(q_network, make_tokenizer):
@@ -686,7 +688,7 @@ def test_another_vocabulary_is_refused(make_q_network, make_tokenizer, changes, 
 def test_an_added_padding_token_is_refused(make_q_network, make_tokenizer):
     q_network, tokenizer = make_q_network(tokenizer=make_tokenizer()), make_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<padding>"})
-    with pytest.raises(VocabularyMismatchError, match="98 tokens, not 97.*reuse an existing token"):
+    with pytest.raises(VocabularyMismatchError, match=r"98 tokens, not 97.*reuse an existing token"):
         RectificationProcessor(q_network, tokenizer=tokenizer)
 
 
@@ -696,11 +698,11 @@ def test_an_added_padding_token_is_refused(make_q_network, make_tokenizer):
 def test_a_text_longer_than_the_context_is_refused(model, make_q_network):
     short = make_q_network(n_positions=16)
     processor = RectificationProcessor(short, RULE)
-    with pytest.raises(InvalidArgumentError, match="17 tokens long.*context is 16"):
+    with pytest.raises(InvalidArgumentError, match=r"17 tokens long.*context is 16"):
         processor(prompts(2, 17), torch.zeros(2, VOCABULARY))
     # the last token needs no state of its own
     assert decode(model, prompts(1, 10), processor, max_new_tokens=7, eos_token_id=None).shape == (1, 17)
-    with pytest.raises(InvalidArgumentError, match="17 tokens long.*context is 16"):
+    with pytest.raises(InvalidArgumentError, match=r"17 tokens long.*context is 16"):
         decode(model, prompts(1, 10), processor, max_new_tokens=8, eos_token_id=None)
 
 
@@ -724,6 +726,6 @@ def test_from_pretrained(make_q_network, make_tokenizer, model, tmp_path):
     assert processor.rule == Cap()
     assert processor.sampling.top_k == 7
     assert processor.q_network.device == model.device
-    assert torch.allclose(processor.next_token_q(prompts()), whole_q(q_network, prompts()), atol=1e-5)
+    assert torch.allclose(processor.next_token_log_survival(prompts()), log_survival_of(q_network, prompts()), atol=CLOSE)
     with pytest.raises(VocabularyMismatchError):
         RectificationProcessor.from_pretrained(tmp_path, tokenizer=make_tokenizer(words=50))

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
@@ -61,7 +61,7 @@ class Bench:
             torch.set_num_threads(shape.threads)
         torch.manual_seed(0)
         self.shape = shape
-        self.model = GPT2LMHeadModel(GPT2Config()).to(shape.device).eval()
+        self.model = cast(Any, GPT2LMHeadModel(GPT2Config())).to(shape.device).eval()
         trunk = GPT2Model(GPT2Config(n_embd=shape.q_width, n_layer=shape.q_layers, n_head=max(1, shape.q_width // 64)))
         q_network = DeadEndQNetwork.from_trunk(trunk, rank=shape.q_rank).to(shape.device).eval()
         with torch.no_grad():  # fresh heads value all tokens alike

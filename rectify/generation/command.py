@@ -14,10 +14,10 @@ from tqdm import tqdm
 from rectify.command_line import Parser, execute, say
 from rectify.errors import InvalidArgumentError
 from rectify.generation.display import Display
-from rectify.generation.generator import Generator, batches, load_language_model, refuse_long_prompts
+from rectify.generation.generator import Generator, batches, refuse_long_prompts
 from rectify.generation.output import GenerationFile
 from rectify.generation.prompts import EXAMPLES, Prompt, read_prompts_file, read_standard_input
-from rectify.hub import checkpoint_folder
+from rectify.hub import checkpoint_folder, load_language_model
 from rectify.processor import RectificationProcessor, Statistics
 from rectify.q_network import DeadEndQNetwork
 from rectify.rule import RULES, make_rule
@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"model: {arguments.model}{where}, {_millions(model)}, {str(model.dtype).removeprefix('torch.')}, {device}")
     sampling = Sampling.resolve(model.generation_config, **given)
     processor = None
-    if rectifying:
+    if q_name is not None and rectifying:
         q_network = DeadEndQNetwork.from_pretrained(q_name, device=device)
         processor = RectificationProcessor(q_network, rule, model=model, tokenizer=tokenizer, **given)
         where = f" ({checkpoint_folder(q_name)})" if q_name in _POCKET_Q.values() else ""
@@ -170,7 +170,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.seed,
     )
     prompts = _fitting(generator, prompts, processor, arguments)
-    arms = {"base": None} if compare or not rectifying else {}
+    arms: dict[str, RectificationProcessor | None] = {"base": None} if compare or not rectifying else {}
     if processor is not None:
         arms["rectified"] = processor
     if arguments.output:
@@ -201,7 +201,7 @@ def _fitting(
 def _show(
     generator: Generator, arms: dict[str, RectificationProcessor | None], prompts: list[Prompt], batch_size: int
 ) -> None:
-    display = Display(lambda ids: generator.tokenizer.decode(ids, skip_special_tokens=True))
+    display = Display(generator.decode)
     judge = arms.get("rectified")
     if judge is not None:
         display.legend()

@@ -1,56 +1,21 @@
-"""Loading a language model and continuing batches of prompts with it, as it is or rectified."""
+"""Continuing batches of prompts with a language model, as it is or rectified."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.errors import CheckpointError, PromptError
+from rectify.errors import PromptError
 from rectify.generation.prompts import Prompt
-from rectify.hub import POCKET, checkpoint_folder
 from rectify.processor import RectificationProcessor
 from rectify.q_network import token_risks
 from rectify.sampling import Sampling
-
-
-def load_language_model(
-    name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, padding on the left, in evaluation mode.
-
-    Args:
-        name: a folder, `"pocket"` or a Hub id.
-        dtype: of the weights; `None` for float32 on a CPU and the checkpoint's own elsewhere.
-        device: where to put the model.
-
-    Raises:
-        CheckpointError: nothing usable is there.
-    """
-    # a name that leads nowhere is refused here at once; transformers would try for most of a minute
-    folder = checkpoint_folder(name, files=["config.json"])
-    place: str | Path = folder if name in POCKET else name
-    if dtype is None and torch.device(device).type == "cpu":
-        dtype = torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype="auto" if dtype is None else dtype)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"model {name!r} is neither a usable folder nor a model that the Hub gives ({reason}): "
-            "check the path, or the id and the connection"
-        ) from error
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -120,7 +85,7 @@ class Generator:
             how = {"logits_processor": [processor], **processor.generate_kwargs()}
         digest = hashlib.sha256(f"{self.seed}:{number}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8]))
-        output = self.model.generate(
+        output = cast(Any, self.model).generate(
             **inputs,
             **how,
             max_new_tokens=self.max_new_tokens,
@@ -138,7 +103,11 @@ class Generator:
         end = self.model.generation_config.eos_token_id
         ends = {end} if isinstance(end, int) else set(end or ())
         length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-        return Continuation(self.tokenizer.decode(ids[:length], skip_special_tokens=True), tuple(ids[:length]))
+        return Continuation(self.decode(ids[:length]), tuple(ids[:length]))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def risks(self, processor: RectificationProcessor, prompt: Prompt, continuation: Continuation) -> list[float]:
         """The risk of each token of a continuation, from 0 to 1."""

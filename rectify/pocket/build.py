@@ -13,7 +13,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from rectify.generation.generator import load_language_model
+from rectify.hub import load_language_model
 from rectify.pocket.dead_ends import train_q_network
 from rectify.pocket.language_model import train_language_model
 from rectify.pocket.rewards import fit_reward_model, validation_auc

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoModel, PreTrainedTokenizerBase, Trainer, set_seed
 
+from rectify.heads import LowRankHead
 from rectify.pocket.language_model import train_or_resume, training_arguments
 from rectify.q_network import DeadEndQNetwork
 from rectify.training.q_loss import monte_carlo_loss
@@ -65,7 +66,7 @@ class _Training(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, counted: Tensor, labels: Tensor) -> dict[str, Tensor]:
         hidden = self.network.encode(input_ids, attention_mask)
-        logits = self.network.head.risk_logits(hidden[:, :-1], input_ids[:, 1:])
+        logits = cast(LowRankHead, self.network.head).risk_logits(hidden[:, :-1], input_ids[:, 1:])
         return {"loss": monte_carlo_loss(logits, labels, counted[:, 1:])}
 
 

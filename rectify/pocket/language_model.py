@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ def training_arguments(output: Path, **changes: Any) -> TrainingArguments:
 
 def train_or_resume(trainer: Trainer) -> None:
     """Train, from the last checkpoint if there is one."""
-    work = Path(trainer.args.output_dir)
+    work = Path(str(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() else None)
 
 
@@ -141,5 +141,5 @@ def train_language_model(texts: Sequence[LabelledText], output: Path, epochs: fl
         do_sample=True, top_p=0.9, bos_token_id=0, eos_token_id=0, pad_token_id=0
     )
     model.config.use_cache = True  # Trainer switches it off
-    model.to(torch.bfloat16).save_pretrained(output)
+    cast(Any, model).to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ def cut_texts(
 ) -> list[dict]:
     """Each labelled text cut at a random place; a continuation is toxic if the text is and the reward model says so."""
     rng = np.random.default_rng(seed)
-    records, labels = [], []
+    records: list[dict[str, Any]] = []
+    labels = []
     for text in texts:
         ids = tokenizer(text.text)["input_ids"][: LONGEST_PROMPT + LONGEST_CONTINUATION]
         if text.toxic is None or len(ids) < 3:
@@ -63,11 +65,13 @@ def roll_out(
         if len(ids) > 2:
             prompts.append(ids[: min(length, len(ids) - 1)])
     prompts.sort(key=len)
-    records = []
+    records: list[dict[str, Any]] = []
     for start in tqdm(range(0, len(prompts), batch_size), unit="batch", disable=None):
         batch = tokenizer.pad({"input_ids": prompts[start : start + batch_size]}, return_tensors="pt")
         batch = batch.to(model.device)
-        output = model.generate(**batch, do_sample=True, top_p=1.0, top_k=0, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+        output = cast(Any, model).generate(
+            **batch, do_sample=True, top_p=1.0, top_k=0, max_new_tokens=NEW_TOKENS, pad_token_id=0
+        )
         new = output[:, batch["input_ids"].shape[1] :]
         for ids, continuation in zip(prompts[start : start + batch_size], new, strict=True):
             records.append(
