@@ -50,7 +50,7 @@ class LowRankHead(nn.Module):
         self.tokens.weight[:, : factors.shape[-1]] = factors / factors.square().mean().sqrt().clamp_min(1e-12)
 
     def _state(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.norm(hidden)
+        z = self.norm(hidden.to(self.norm.weight.dtype))
         if self.mlp is not None:
             z = z + self.mlp(z)
         return self.project(z), self.value(z)
@@ -85,7 +85,7 @@ class PublishedHead(nn.Module):
 
     def forward(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
         """`Q` of `[..., hidden_size]` states, float32: `[..., V]`, or `[...]` for `actions` `[...]`."""
-        state = self.inner(hidden).relu()
+        state = self.inner(hidden.to(self.inner.weight.dtype)).relu()
         if actions is None:
             q = self.tokens(state)
         else:

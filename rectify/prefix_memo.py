@@ -25,18 +25,14 @@ class _Growing:
 
     def __init__(self, first: Tensor, dim: int) -> None:
         self.dim = dim
-        self.length = 0
-        self._buffer = first.new_empty(0)
-        self._reserve(first, first.shape[dim])
-        self.append(first)
+        self._start(first)
 
-    def _reserve(self, like: Tensor, length: int) -> None:
-        shape = list(like.shape)
-        shape[self.dim] = max(2 * length, 64)
-        buffer = like.new_empty(shape)
-        if self.length:
-            buffer.narrow(self.dim, 0, self.length).copy_(self.view())
-        self._buffer = buffer
+    def _start(self, first: Tensor) -> None:
+        self.length = first.shape[self.dim]
+        shape = list(first.shape)
+        shape[self.dim] = max(2 * self.length, 64)
+        self._buffer = first.new_empty(shape)
+        self.view().copy_(first)
 
     def view(self) -> Tensor:
         return self._buffer.narrow(self.dim, 0, self.length)
@@ -44,18 +40,17 @@ class _Growing:
     def append(self, new: Tensor) -> Tensor:
         end = self.length + new.shape[self.dim]
         if end > self._buffer.shape[self.dim]:
-            self._reserve(new, end)
-        self._buffer.narrow(self.dim, self.length, new.shape[self.dim]).copy_(new)
-        self.length = end
+            self._start(torch.cat((self.view(), new), self.dim))
+        else:
+            self._buffer.narrow(self.dim, self.length, new.shape[self.dim]).copy_(new)
+            self.length = end
         return self.view()
 
     def crop(self, length: int) -> None:
         self.length = length
 
     def select(self, rows: Tensor) -> None:
-        kept = self.view()[rows]
-        self._reserve(kept, self.length)
-        self._buffer.narrow(self.dim, 0, self.length).copy_(kept)
+        self._start(self.view()[rows])
 
 
 class _GrowingLayer(DynamicLayer):
@@ -103,6 +98,8 @@ class PrefixMemo:
         self._hidden: _Growing | None = None
         self._cache: Cache | None = None
 
+    @torch.inference_mode(False)  # what is kept must be writable in later calls, whatever mode they run in
+    @torch.no_grad()
     def last_hidden(self, prefixes: Tensor) -> Tensor:
         """Hidden state after each prefix.
 

@@ -131,7 +131,14 @@ class RectificationProcessor(LogitsProcessor):
 
         Args:
             attention_mask: `[prompts, length]`, 0 at padding; or `None`.
+
+        Raises:
+            InvalidArgumentError: it is not two-dimensional.
         """
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise InvalidArgumentError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: give a row for each prompt, [prompts, length]"
+            )
         self._attention_mask = None if attention_mask is None else attention_mask.bool()
 
     def reset(self) -> None:

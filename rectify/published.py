@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2Model, PreTrainedTokenizerBase
@@ -45,9 +47,10 @@ def import_published(folder: str | Path, tokenizer: PreTrainedTokenizerBase | No
             state = load_file(folder / "model.safetensors")
         else:
             state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{str(folder)!r} is no published checkpoint ({str(error).splitlines()[0]}): "
+            f"{str(folder)!r} is no published checkpoint ({reason}): "
             "give the folder with config.json and model.safetensors or pytorch_model.bin"
         ) from error
     if missing := sorted(_HEAD.keys() - state.keys()):
@@ -71,7 +74,8 @@ def import_published(folder: str | Path, tokenizer: PreTrainedTokenizerBase | No
         trunk.load_state_dict(weights)
         network.head.load_state_dict({ours: state[theirs] for theirs, ours in _HEAD.items()})
     except RuntimeError as error:
-        raise CheckpointError(f"{str(folder)!r} has other weights than its config.json says: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{str(folder)!r} has other weights than its config.json says: {reason}") from error
     return network.eval()
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -181,8 +182,8 @@ class DeadEndQNetwork(nn.Module):
             network.head.load_state_dict(weights)
         except CheckpointError:
             raise
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
             raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
         return network.to(device=device, dtype=dtype).eval()
 

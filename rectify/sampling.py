@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig, LogitsProcessorList
@@ -22,17 +22,7 @@ from transformers.generation import (
 
 from rectify.errors import InvalidArgumentError
 
-# What `generate` must be told so that it warps nothing, whatever the model's generation_config says.
-_NEUTRAL = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
+_WARPERS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,33 +51,32 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
             raise InvalidArgumentError(f"temperature is {self.temperature}: give a number above 0")
-        if self.top_k is not None and (self.top_k < 0 or self.top_k != int(self.top_k)):
+        if self.top_k is not None and (not float(self.top_k).is_integer() or self.top_k < 0):
             raise InvalidArgumentError(f"top_k is {self.top_k}: give a whole number, 0 for all tokens")
         for name in ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise InvalidArgumentError(f"{name} is {value}: give a number from 0 to 1")
-        if self.top_p == 0:
-            raise InvalidArgumentError("top_p is 0: give a number above 0")
+        for name in ("top_p", "top_h", "typical_p"):
+            if getattr(self, name) == 0:
+                raise InvalidArgumentError(f"{name} is 0: give a number above 0, up to 1")
         if self.num_beams < 1:
             raise InvalidArgumentError(f"num_beams is {self.num_beams}: give 1 or more")
 
     @classmethod
     def resolve(cls, defaults: GenerationConfig | None, **given: Any) -> Sampling:
-        """What was given, and else what a model's generation_config sets (never the library's own top_k of 50)."""
-        values: dict[str, Any] = (
-            {name: getattr(defaults, name, None) for name in ("do_sample", *_NEUTRAL)} if defaults else {}
-        )
+        """What was given, and else what a model's generation_config sets, save `do_sample`.
+
+        The library's own default, a `top_k` of 50, is not taken.
+        """
+        values: dict[str, Any] = {name: getattr(defaults, name, None) for name in _WARPERS} if defaults else {}
         values |= {name: value for name, value in given.items() if value is not None}
         return cls(**values)
 
     @property
     def truncates(self) -> bool:
         """Whether a warper can remove tokens."""
-        kept = {name: value for name, value in asdict(self).items() if name in _NEUTRAL and name != "temperature"}
-        return self.do_sample is not False and any(
-            value is not None and value != _NEUTRAL[name] for name, value in kept.items()
-        )
+        return any(not isinstance(warper, TemperatureLogitsWarper) for warper in self.warpers())
 
     def warpers(self, device: Any = "cpu") -> LogitsProcessorList:
         """The warpers in the order of `generate`, as its own classes."""
@@ -115,11 +104,14 @@ class Sampling:
 
     def plain_kwargs(self) -> dict[str, Any]:
         """What to pass to `generate` so that it samples in this way by itself, without a processor of ours."""
-        given = {name: getattr(self, name) for name in _NEUTRAL if getattr(self, name) is not None}
-        return self.generate_kwargs() if self.do_sample is False else self.generate_kwargs() | given
+        if self.do_sample is False:
+            return self.generate_kwargs()
+        return self.generate_kwargs() | {name: getattr(self, name) for name in _WARPERS}
 
     def generate_kwargs(self) -> dict[str, Any]:
-        """What to pass to `generate` so that it does not warp a second time."""
-        if self.do_sample is False:
-            return {"do_sample": False}
-        return dict(_NEUTRAL) if self.do_sample is None else {"do_sample": True, **_NEUTRAL}
+        """What to pass to `generate` so that it does not warp a second time.
+
+        `None` overrides a model's generation_config, and the library's defaults too.
+        """
+        chosen = {} if self.do_sample is None else {"do_sample": self.do_sample}
+        return chosen | dict.fromkeys(_WARPERS)

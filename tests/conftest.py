@@ -7,7 +7,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
 
 from rectify import DeadEndQNetwork
 
@@ -18,6 +25,7 @@ KINDS = {
     "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 160}),
     "llama": (LlamaConfig, LLAMA),
     "sliding": (MistralConfig, {**LLAMA, "sliding_window": 4}),
+    "recurrent": (MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
 }
 
 
@@ -29,7 +37,7 @@ def build_model(kind="gpt2", seed=0, **changes):
     return AutoModelForCausalLM.from_config(config_class(**settings)).eval()
 
 
-def build_q_network(kind="gpt2", seed=1, noise=0.3, tokenizer=None, rank=16, **changes):
+def build_q_network(kind="gpt2", seed=1, noise=0.2, tokenizer=None, rank=16, **changes):
     q_network = DeadEndQNetwork.from_trunk(build_model(kind, seed, **changes), tokenizer=tokenizer, rank=rank)
     with torch.no_grad():
         for parameter in q_network.head.parameters():

@@ -13,7 +13,7 @@ from rectify import CheckpointError, DeadEndQNetwork, InvalidArgumentError, QCon
 from rectify.vocabulary import Fingerprint
 
 VOCABULARY = 97
-KINDS = ["gpt2", "llama"]
+KINDS = ["gpt2", "llama", "recurrent"]
 TEXTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [2, 14, 0, 15], [16]]
 
 
@@ -55,8 +55,9 @@ def test_values_lie_between_minus_one_and_zero(make_q_network, kind, noise):
     assert q.dtype == torch.float32
     assert (q >= -1).all()
     assert (q <= 0).all()
-    assert q.std() > 0.1
-    assert q.std(dim=1).min() > 0
+    # from token to token and from prefix to prefix
+    assert q.std(dim=-1).min() > 0.1
+    assert q.std(dim=1).mean() > 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,10 +209,8 @@ def test_an_adapted_trunk_is_saved_as_its_adapter(adapted, tmp_path):
         "lora_A",
         "lora_B",
     }
-    with_base_only = adapted.trunk.get_base_model()
     with adapted.trunk.disable_adapter():
         assert not torch.allclose(adapted(ids), expected, atol=1e-3), "the adapter does nothing"
-    assert with_base_only is not None
     frozen = DeadEndQNetwork.from_pretrained(folder)
     assert torch.allclose(frozen(ids), expected, atol=1e-5)
     assert not [name for name, p in frozen.trunk.named_parameters() if p.requires_grad]
