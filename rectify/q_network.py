@@ -136,6 +136,7 @@ class DeadEndQNetwork(nn.Module):
                     "adapter names no base_model_name_or_path and the trunk was made in memory: "
                     "say where the trunk can be loaded from, or train it whole"
                 )
+            adapter.base_model_name_or_path = None  # peft would warn that it is not the trunk's own name
             body = cast(PeftModel, get_peft_model(body, adapter))
             adapter.base_model_name_or_path = config.base_model
         network = cls(config, body)

@@ -161,18 +161,22 @@ def test_rows_are_matched_in_portions(q_network, monkeypatch, spy, comparisons):
     assert runs == [(8, 1)]
 
 
-def test_an_interrupted_run_is_not_remembered(q_network, monkeypatch):
+@pytest.mark.parametrize("stage", ["trunk", "rows"])
+def test_an_interrupted_run_is_not_remembered(q_network, monkeypatch, stage):
     memo, ids = PrefixMemo(q_network), torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(5))
     ask(memo, ids[:, :6])
-    encode = q_network.encode
+    owner, name = (q_network, "encode") if stage == "trunk" else (memo._cache.layers[-1], "keep")
+    complete = getattr(owner, name)
 
     def interrupted(*arguments):
-        encode(*arguments)  # the cache has grown
+        if stage == "trunk":
+            complete(*arguments)  # the cache has grown
         raise KeyboardInterrupt
 
+    swapped = ids[[1, 0]]
     with monkeypatch.context() as patched:
-        patched.setattr(q_network, "encode", interrupted)
+        patched.setattr(owner, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            memo.last_hidden(ids[:, :7])
+            memo.last_hidden(swapped[:, :7])
     for length in (7, 6, 9):
-        assert torch.allclose(ask(memo, ids[:, :length]), reference(q_network, ids[:, :length]), **CLOSE)
+        assert torch.allclose(ask(memo, swapped[:, :length]), reference(q_network, swapped[:, :length]), **CLOSE)

@@ -34,9 +34,9 @@ def prompts(rows=1, length=7, seed=0):
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def padded(rows, pad):
-    """Left-padded ids and their mask."""
-    longest = max(len(row) for row in rows)
+def padded(rows, pad, more=0):
+    """Left-padded ids and their mask; `more` also pads the longest row."""
+    longest = max(len(row) for row in rows) + more
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
     return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
 
@@ -309,31 +309,34 @@ PADDED_BATCHES = {
     "some-begin-with-eos": [[5, 6, 7, 8, 9, 10], [2, 12, 13], [2, 2, 14]],
     "some-begin-with-pad": [[0, 6, 7, 8, 9, 10], [0, 0, 12, 13], [14]],
     "only-eos": [[2], [2, 12, 13], [2, 2]],
+    "all-begin-with-bos": [[1, 6, 7, 8, 9, 10], [1, 12, 13], [1, 14]],
 }
 WAYS_TO_TELL = [
-    # texts, pad token, told by the tokenizer, the constructor's mask or a mask set later
-    ("text", "t0", "tokenizer"),
-    ("text", "t2", "tokenizer"),
-    ("text", "t1", "tokenizer"),
-    ("text", "t0", "mask"),
-    ("text", "t2", "mask"),
-    ("all-begin-with-eos", "t2", "tokenizer"),
-    ("all-begin-with-eos", "t0", "tokenizer"),
-    ("some-begin-with-eos", "t0", "tokenizer"),
-    ("some-begin-with-eos", "t2", "mask"),
-    ("some-begin-with-eos", "t2", "later"),
-    ("some-begin-with-pad", "t0", "mask"),
-    ("some-begin-with-pad", "t0", "later"),
-    ("only-eos", "t2", "mask"),
+    # texts, pad token, padding of the longest text, told by the tokenizer, the constructor's mask or a mask set later
+    ("text", "t0", 0, "tokenizer"),
+    ("text", "t0", 2, "tokenizer"),
+    ("text", "t2", 0, "tokenizer"),
+    ("text", "t1", 0, "tokenizer"),
+    ("text", "t0", 2, "mask"),
+    ("text", "t2", 2, "mask"),
+    ("all-begin-with-eos", "t2", 0, "tokenizer"),
+    ("all-begin-with-eos", "t0", 2, "tokenizer"),
+    ("all-begin-with-bos", "t1", 0, "tokenizer"),
+    ("some-begin-with-eos", "t0", 0, "tokenizer"),
+    ("some-begin-with-eos", "t2", 0, "mask"),
+    ("some-begin-with-eos", "t2", 2, "later"),
+    ("some-begin-with-pad", "t0", 0, "mask"),
+    ("some-begin-with-pad", "t0", 2, "later"),
+    ("only-eos", "t2", 0, "mask"),
 ]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize(("texts", "pad", "told"), WAYS_TO_TELL, ids=lambda value: value)
-def test_padding_changes_nothing(models, q_networks, make_tokenizer, kind, texts, pad, told):
+@pytest.mark.parametrize(("texts", "pad", "more", "told"), WAYS_TO_TELL, ids=str)
+def test_padding_changes_nothing(models, q_networks, make_tokenizer, kind, texts, pad, more, told):
     model, q_network, rows = models[kind], q_networks[kind], PADDED_BATCHES[texts]
     tokenizer = make_tokenizer(pad=pad)
-    ids, mask = padded(rows, tokenizer.pad_token_id)
+    ids, mask = padded(rows, tokenizer.pad_token_id, more)
     processor = Compared(
         q_network,
         tokenizer=tokenizer if told == "tokenizer" else None,
@@ -352,6 +355,15 @@ def test_padding_changes_nothing(models, q_networks, make_tokenizer, kind, texts
         alone = RectificationProcessor(q_network, RULE, do_sample=False)
         expected = decode(model, torch.tensor([text]), alone, eos_token_id=None, pad_token_id=0)
         assert new_tokens(output, ids)[row] == new_tokens(expected, torch.tensor([text]))[0]
+
+
+def test_a_text_of_padding_alone_has_values(q_network, make_tokenizer):
+    ids = torch.tensor([[0, 0, 0], [5, 6, 7]])
+    found = RectificationProcessor(q_network, tokenizer=make_tokenizer()).next_token_log_survival(ids)
+    assert torch.allclose(found[0], log_survival_of(q_network, ids[0, -1:]), atol=CLOSE)
+    assert torch.allclose(found[1], log_survival_of(q_network, ids[1]), atol=CLOSE)
+    nothing = RectificationProcessor(q_network, attention_mask=torch.zeros(2, 3)).next_token_log_survival(ids)
+    assert torch.isfinite(nothing).all()
 
 
 def test_the_mask_is_repeated_for_beams_and_samples(model, q_network):
@@ -379,9 +391,8 @@ def test_the_mask_of_other_prompts_is_refused(q_network, shape):
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5, 1)])
 def test_a_mask_that_is_no_table_is_refused(q_network, shape):
-    with pytest.raises(InvalidArgumentError, match="attention_mask"):  # noqa: PT012 - either call may refuse it
-        processor = RectificationProcessor(q_network, attention_mask=torch.ones(shape))
-        processor(prompts(1, 5), torch.zeros(1, VOCABULARY))
+    with pytest.raises(InvalidArgumentError, match="attention_mask"):
+        RectificationProcessor(q_network, attention_mask=torch.ones(shape)).next_token_log_survival(prompts(1, 5))
 
 
 def test_padding_ids_outside_the_vocabulary_do_no_harm(make_model, make_q_network, make_tokenizer):
