@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -37,7 +38,9 @@ def execute(run: Callable[[argparse.Namespace], None], parser: Parser, argv: lis
     hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        run(arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of other libraries, which the reader cannot mend
+            run(arguments)
         sys.stdout.flush()
     except RectifyError as error:
         say(f"{parser.prog}: error: {' '.join(str(error).split())}")

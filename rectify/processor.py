@@ -45,11 +45,12 @@ class RectificationProcessor(LogitsProcessor):
     sampling, beam and assisted decoding.
 
     Args:
-        q_network: the dead-end Q network.
+        q_network: the dead-end Q network; put in evaluation mode.
         rule: how its values change the policy.
-        model: the model to be rectified. Its vocabulary size is checked, and sampling settings that are not given are
-            taken from its generation_config.
-        tokenizer: the model's tokenizer. Its vocabulary is checked, and its padding token tells padding from text.
+        model: the model to be rectified. Its vocabulary size is checked, and its generation_config gives the sampling
+            settings that are not given here.
+        tokenizer: the model's tokenizer. Its vocabulary is checked, and its padding token (else that of the model's
+            generation_config) tells padding from text.
         attention_mask: see `set_attention_mask`.
         use_cache: reuse the trunk's states between calls; `False` is the slow reference.
         **sampling: the settings of `Sampling` (`do_sample`, `temperature`, `top_k`, `top_p` …). `do_sample=False`
@@ -89,22 +90,22 @@ class RectificationProcessor(LogitsProcessor):
             raise InvalidArgumentError(
                 f"{sorted(unknown)[0]} is not a sampling setting: they are {', '.join(Sampling.__dataclass_fields__)}"
             )
-        self.q_network = q_network
+        self.q_network = q_network.eval()  # with dropout it would be no function of the prefix
         self.rule = rule if rule is not None else Tilt()
         self.sampling = Sampling.resolve(model.generation_config if model is not None else None, **sampling)
         self._warpers = self.sampling.warpers(q_network.device)
         self._memo = PrefixMemo(q_network, use_cache)
         self._same_vocabulary = False
-        self._pad_token_id: int | None = None
-        self._pad_is_text = True
-        if tokenizer is not None:
-            if q_network.config.vocabulary is not None:
-                q_network.config.vocabulary.check(tokenizer)
-                self._same_vocabulary = True
-            self._pad_token_id = tokenizer.pad_token_id
-            self._pad_is_text = tokenizer.pad_token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+        if tokenizer is not None and q_network.config.vocabulary is not None:
+            q_network.config.vocabulary.check(tokenizer)
+            self._same_vocabulary = True
         if model is not None:
             self._check_width(model.config.get_text_config().vocab_size)
+        names = tokenizer if tokenizer is not None else model.generation_config if model is not None else None
+        self._pad_token_id: int | None = getattr(names, "pad_token_id", None)
+        ends = getattr(names, "eos_token_id", None)
+        texts = [*(ends if isinstance(ends, list) else [ends]), getattr(names, "bos_token_id", None)]
+        self._pad_is_text = self._pad_token_id in texts
         self.set_attention_mask(attention_mask)
         self.reset()
 
@@ -166,8 +167,8 @@ class RectificationProcessor(LogitsProcessor):
         Raises:
             VocabularyMismatchError: V is not the Q network's vocabulary size, and no tokenizer was given to show that
                 the vocabularies agree.
-            InvalidArgumentError: the prefixes are longer than the Q network's context, or the attention mask is that
-                of other prompts.
+            InvalidArgumentError: the prefixes are empty or longer than the Q network's context, or the attention mask
+                is that of other prompts.
         """
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         log_survival = self.next_token_log_survival(input_ids, scores.shape[-1]).to(scores.device)
@@ -180,13 +181,16 @@ class RectificationProcessor(LogitsProcessor):
     def next_token_log_survival(self, input_ids: Tensor, vocab_size: int | None = None) -> Tensor:
         """`log(1 + Q)` of every token after each prefix: `[B, T]` ids to `[B, vocab_size]` float32."""
         self._check_width(vocab_size)
+        if not input_ids.shape[1]:
+            raise InvalidArgumentError("input_ids are empty: give generate token ids, not inputs_embeds")
+        real = self._real(input_ids)
         context = self.q_network.context
-        if context is not None and input_ids.shape[1] > context:
+        if context is not None and input_ids.shape[1] > context and (longest := int(real.sum(-1).max())) > context:
             raise InvalidArgumentError(
-                f"the text is {input_ids.shape[1]} tokens long, and the Q network's context is {context}: "
+                f"the text is {longest} tokens long, and the Q network's context is {context}: "
                 "generate fewer tokens, or use a Q network with a longer context"
             )
-        prefixes = input_ids.masked_fill(~self._real(input_ids), MASKED).to(self.q_network.device)
+        prefixes = input_ids.masked_fill(~real, MASKED).to(self.q_network.device)
         log_survival = self.q_network.head.log_survival(self._memo.last_hidden(prefixes))
         # rows that pad a model's embeddings stand for no token
         extra = 0 if vocab_size is None else vocab_size - log_survival.shape[-1]

@@ -112,7 +112,8 @@ class DeadEndQNetwork(nn.Module):
         """A new network on a trunk, every value at `−base_rate`.
 
         Args:
-            trunk: a causal model, with or without its language-model head (which is left out).
+            trunk: a causal model, with or without its language-model head (which is left out). It is used as it is,
+                not copied: training the network trains it, and an adapter is put into it.
             adapter: a peft configuration: the trunk is frozen, and only adapter and head are trained and saved. Its
                 `base_model_name_or_path`, else the trunk's own name, says where to find the trunk again.
             tokenizer: whose vocabulary is recorded, so that a model of another one is refused.

@@ -34,7 +34,8 @@ class Sampling:
         temperature: above 0.
         top_k: tokens kept, 0 for all.
         top_p, min_p, top_h, typical_p, epsilon_cutoff, eta_cutoff: as in `generate`, from 0 to 1.
-        num_beams: above 1 the warpers keep at least two tokens, as in `generate`.
+        num_beams: above 1 the warpers keep one token more than there are end tokens, as in `generate`.
+        num_ends: how many end tokens the model has.
     """
 
     do_sample: bool | None = None
@@ -47,6 +48,7 @@ class Sampling:
     epsilon_cutoff: float | None = None
     eta_cutoff: float | None = None
     num_beams: int = 1
+    num_ends: int = 1
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
@@ -69,7 +71,12 @@ class Sampling:
 
         The library's own default, a `top_k` of 50, is not taken.
         """
-        values: dict[str, Any] = {name: getattr(defaults, name, None) for name in _WARPERS} if defaults else {}
+        values: dict[str, Any] = {}
+        if defaults is not None:
+            ends = getattr(defaults, "eos_token_id", None)
+            values = {name: getattr(defaults, name, None) for name in _WARPERS}
+            values["num_beams"] = getattr(defaults, "num_beams", None) or 1
+            values["num_ends"] = len(ends) if isinstance(ends, list) else 1
         values |= {name: value for name, value in given.items() if value is not None}
         return cls(**values)
 
@@ -83,7 +90,7 @@ class Sampling:
         warpers = LogitsProcessorList()
         if self.do_sample is False:
             return warpers
-        keep = 2 if self.num_beams > 1 else 1
+        keep = self.num_ends + 1 if self.num_beams > 1 else 1
         if self.temperature not in (None, 1.0):
             warpers.append(TemperatureLogitsWarper(float(self.temperature)))  # type: ignore[arg-type]
         if self.top_h is not None:
@@ -96,9 +103,9 @@ class Sampling:
             warpers.append(MinPLogitsWarper(min_p=self.min_p, min_tokens_to_keep=keep))
         if self.typical_p is not None and self.typical_p < 1:
             warpers.append(TypicalLogitsWarper(mass=self.typical_p, min_tokens_to_keep=keep))
-        if self.epsilon_cutoff:
+        if self.epsilon_cutoff and self.epsilon_cutoff < 1:
             warpers.append(EpsilonLogitsWarper(epsilon=self.epsilon_cutoff, min_tokens_to_keep=keep))
-        if self.eta_cutoff:
+        if self.eta_cutoff and self.eta_cutoff < 1:
             warpers.append(EtaLogitsWarper(epsilon=self.eta_cutoff, min_tokens_to_keep=keep, device=device))
         return warpers
 

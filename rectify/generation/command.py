@@ -6,26 +6,27 @@ import argparse
 import hashlib
 import json
 import sys
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from rectify.command_line import Parser, execute, say
-from rectify.errors import InvalidArgumentError
+from rectify.errors import InvalidArgumentError, PromptError
 from rectify.generation.display import Display
-from rectify.generation.generator import Generator, batches, refuse_long_prompts
+from rectify.generation.generator import Generator, batches
 from rectify.generation.output import GenerationFile
 from rectify.generation.prompts import EXAMPLES, Prompt, read_prompts_file, read_standard_input
-from rectify.hub import checkpoint_folder, load_language_model
+from rectify.hub import POCKET, checkpoint_folder, load_language_model
 from rectify.processor import RectificationProcessor, Statistics
 from rectify.q_network import DeadEndQNetwork
-from rectify.rule import RULES, make_rule
+from rectify.rule import RULES, Rule, make_rule
 from rectify.sampling import Sampling
 from rectify.version import __version__
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _POCKET_Q = {"pocket": "pocket-q"}
+
+Arms = dict[str, RectificationProcessor | None]
 
 
 def make_parser(prog: str) -> Parser:
@@ -99,17 +100,17 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InvalidArgumentError("prompt and prompts_file are both given: give one of them")
 
 
-def _prompts(arguments: argparse.Namespace) -> tuple[list[Prompt], bool]:
-    """The prompts, and whether they are the built-in examples."""
+def _prompts(arguments: argparse.Namespace) -> tuple[list[Prompt], str | None, bool]:
+    """The prompts, what is to be said of them, and whether they are the built-in examples."""
     if arguments.prompt is not None:
-        return [Prompt.of(text) for text in arguments.prompt], False
+        return [Prompt.of(text) for text in arguments.prompt], None, False
     if arguments.prompts_file is not None:
         prompts, skipped = read_prompts_file(arguments.prompts_file, arguments.skip_bad_lines)
-        if skipped:
-            say(f"prompts: {skipped} bad lines skipped")
-        return prompts, False
-    prompts = read_standard_input(sys.stdin)
-    return prompts or [Prompt.of(text) for text in EXAMPLES], not prompts
+        return prompts, f"prompts: {skipped} bad lines skipped" if skipped else None, False
+    if prompts := read_standard_input(sys.stdin):
+        return prompts, None, False
+    note = "prompts: built-in examples (give your own with --prompt, --prompts_file or standard input)"
+    return [Prompt.of(text) for text in EXAMPLES], note, True
 
 
 def _device(name: str | None) -> torch.device:
@@ -141,7 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in ("do_sample", "temperature", "top_k", "top_p", "num_beams")}
     Sampling.resolve(None, **given)  # refuse bad values before anything is loaded
     device = _device(arguments.device)
-    prompts, examples = _prompts(arguments)
+    prompts, note, examples = _prompts(arguments)
     compare = arguments.compare or (examples and arguments.rectify)
     rectifying = arguments.rectify or compare
     q_name = arguments.q or _POCKET_Q.get(arguments.model)
@@ -149,17 +150,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise InvalidArgumentError(f"q is not given: name a Q network for the vocabulary of {arguments.model!r}")
 
     model, tokenizer = load_language_model(arguments.model, _DTYPES.get(arguments.dtype), device)
-    where = f" ({checkpoint_folder(arguments.model)})" if arguments.model in _POCKET_Q else ""
-    say(f"model: {arguments.model}{where}, {_millions(model)}, {str(model.dtype).removeprefix('torch.')}, {device}")
     sampling = Sampling.resolve(model.generation_config, **given)
+    notes = [f"model: {_described(arguments.model, model)}, {str(model.dtype).removeprefix('torch.')}, {device}", note]
     processor = None
     if q_name is not None and rectifying:
         q_network = DeadEndQNetwork.from_pretrained(q_name, device=device)
         processor = RectificationProcessor(q_network, rule, model=model, tokenizer=tokenizer, **given)
-        where = f" ({checkpoint_folder(q_name)})" if q_name in _POCKET_Q.values() else ""
-        say(f"Q network: {q_name}{where}, {_millions(q_network)}; rule: {rule}")
-    if examples:
-        say("prompts: built-in examples (give your own with --prompt, --prompts_file or standard input)")
+        notes.insert(1, f"Q network: {_described(q_name, q_network)}; rule: {rule}")
     generator = Generator(
         model,
         tokenizer,
@@ -169,38 +166,40 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.num_return_sequences,
         arguments.seed,
     )
-    prompts = _fitting(generator, prompts, processor, arguments)
-    arms: dict[str, RectificationProcessor | None] = {"base": None} if compare or not rectifying else {}
+    prompts, skipped = _fitting(generator, prompts, processor, arguments.skip_bad_lines)
+    if skipped:
+        notes.append(f"prompts: {skipped} skipped, longer than the context")
+    arms: Arms = {"base": None} if compare or not rectifying else {}
     if processor is not None:
         arms["rectified"] = processor
-    if arguments.output:
-        _write(generator, arms, prompts, arguments, rule, q_name)
-    else:
+    file = _file(generator, arms, prompts, arguments, rule, q_name) if arguments.output else None
+    # said only now, so that a refusal is one line
+    for line in filter(None, notes):
+        say(line)
+    if file is None:
         _show(generator, arms, prompts, arguments.batch_size)
+    else:
+        _write(generator, arms, prompts, arguments.batch_size, file)
     if processor is not None:
         say(_summary(processor.statistics()))
 
 
 def _fitting(
-    generator: Generator,
-    prompts: list[Prompt],
-    processor: RectificationProcessor | None,
-    arguments: argparse.Namespace,
-) -> list[Prompt]:
+    generator: Generator, prompts: list[Prompt], processor: RectificationProcessor | None, skip: bool
+) -> tuple[list[Prompt], int]:
+    """The prompts that fit the context, and how many were left out."""
     contexts = [getattr(generator.model.config.get_text_config(), "max_position_embeddings", None)]
     if processor is not None:
         contexts.append(processor.q_network.context)
     too_long = generator.check_lengths(prompts, min((c for c in contexts if c is not None), default=None))
-    if too_long and arguments.skip_bad_lines and len(too_long) < len(prompts):
-        say(f"prompts: {len(too_long)} skipped, longer than the context")
-        return [prompt for index, prompt in enumerate(prompts) if index not in too_long]
-    refuse_long_prompts(too_long)
-    return prompts
+    if skip and len(too_long) < len(prompts):
+        return [prompt for index, prompt in enumerate(prompts) if index not in too_long], len(too_long)
+    for index, message in too_long.items():
+        raise PromptError(f"prompt {index + 1}: {message}")
+    return prompts, 0
 
 
-def _show(
-    generator: Generator, arms: dict[str, RectificationProcessor | None], prompts: list[Prompt], batch_size: int
-) -> None:
+def _show(generator: Generator, arms: Arms, prompts: list[Prompt], batch_size: int) -> None:
     display = Display(generator.decode)
     judge = arms.get("rectified")
     if judge is not None:
@@ -215,14 +214,14 @@ def _show(
                     display.continuation(arm, continuation, risks)
 
 
-def _write(
+def _file(
     generator: Generator,
-    arms: dict[str, RectificationProcessor | None],
+    arms: Arms,
     prompts: list[Prompt],
     arguments: argparse.Namespace,
-    rule: Any,
+    rule: Rule,
     q_name: str | None,
-) -> None:
+) -> GenerationFile:
     texts = json.dumps([prompt.record for prompt in prompts], sort_keys=True)
     settings = {
         "model": arguments.model,
@@ -238,14 +237,18 @@ def _write(
         "batch_size": arguments.batch_size,
         "prompts": hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest(),
     }
-    file = GenerationFile(arguments.output, settings)
+    return GenerationFile(arguments.output, settings)
+
+
+def _write(generator: Generator, arms: Arms, prompts: list[Prompt], batch_size: int, file: GenerationFile) -> None:
     if file.done:
-        say(f"output: {arguments.output} holds {file.done} of {len(prompts)} prompts; going on from there")
+        say(f"output: {file.path} holds {file.done} of {len(prompts)} prompts; going on from there")
     with tqdm(total=len(prompts), initial=file.done, unit="prompt", disable=None) as progress:
-        for number, batch in batches(prompts, arguments.batch_size):
-            written = file.done - number * arguments.batch_size
+        for number, batch in batches(prompts, batch_size):
+            written = max(0, file.done - number * batch_size)
             if written >= len(batch):
                 continue
+            # a batch is sampled as a whole, also when some of its records are there
             results = {arm: generator.continue_batch(batch, number, processor) for arm, processor in arms.items()}
             records = []
             for index, prompt in enumerate(batch):
@@ -254,10 +257,9 @@ def _write(
                     key = "base_generations" if arm == "base" and len(arms) > 1 else "generations"
                     record[key] = [{"text": continuation.text} for continuation in continuations[index]]
                 records.append(record)
-            missing = records[max(written, 0) :]
-            file.append(missing)
-            progress.update(len(missing))
-    say(f"output: {arguments.output}, {file.done} records")
+            file.append(records[written:])
+            progress.update(len(records) - written)
+    say(f"output: {file.path}, {file.done} records")
 
 
 def _summary(statistics: Statistics) -> str:
@@ -269,8 +271,9 @@ def _summary(statistics: Statistics) -> str:
     )
 
 
-def _millions(module: torch.nn.Module) -> str:
-    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f} M parameters"
+def _described(name: str, module: torch.nn.Module) -> str:
+    place = f" ({checkpoint_folder(name)})" if name in POCKET else ""
+    return f"{name}{place}, {sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f} M parameters"
 
 
 def main(argv: list[str] | None = None, prog: str = "generate.py") -> int:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.errors import PromptError
 from rectify.generation.prompts import Prompt
 from rectify.processor import RectificationProcessor
 from rectify.q_network import token_risks
@@ -121,13 +120,3 @@ def batches(prompts: list[Prompt], size: int) -> Iterator[tuple[int, list[Prompt
     """Numbered batches in the order of the prompts."""
     for start in range(0, len(prompts), size):
         yield start // size, prompts[start : start + size]
-
-
-def refuse_long_prompts(too_long: dict[int, str]) -> None:
-    """Raise for the first of the prompts that `Generator.check_lengths` found.
-
-    Raises:
-        PromptError: there is one.
-    """
-    for index, message in too_long.items():
-        raise PromptError(f"prompt {index + 1}: {message}")
