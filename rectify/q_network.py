@@ -195,7 +195,11 @@ class DeadEndQNetwork(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2, ensure_ascii=False) + "\n")
         save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / HEAD_FILE)
-        self.trunk.save_pretrained(str(folder / (TRUNK_FOLDER if self.config.base_model is None else ADAPTER_FOLDER)))
+        if isinstance(self.trunk, PeftModel):
+            # the embeddings are the trunk's; asked to decide by itself, peft would look the trunk up on the Hub
+            self.trunk.save_pretrained(str(folder / ADAPTER_FOLDER), save_embedding_layers=False)
+        else:
+            self.trunk.save_pretrained(str(folder / TRUNK_FOLDER))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Values
