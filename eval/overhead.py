@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import asdict
+from itertools import product
 
 from rectify.evaluation.overhead import Bench, Shape, environment, peak_memory
 
@@ -16,17 +17,15 @@ def main() -> None:
     parser.add_argument("--rule", default="tilt")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's own choice")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--skip_memory", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=("time", "memory"), default=["time", "memory"])
     parser.add_argument("--output", help="write everything as JSON")
     arguments = parser.parse_args()
-    shape = Shape(
-        q_layers=arguments.q_layers, rule=arguments.rule, device=arguments.device, threads=arguments.threads
-    )
-    bench = Bench(shape)
+    shape = Shape(q_layers=arguments.q_layers, rule=arguments.rule, device=arguments.device, threads=arguments.threads)
     results = {"environment": environment(shape), "time": [], "memory": []}
-    print("batch  new tokens  base ms/token  rectified ms/token  ratio (lowest–highest)")
-    for batch in arguments.batches:
-        for length in arguments.lengths:
+    if "time" in arguments.parts:
+        bench = Bench(shape)
+        print("batch  new tokens  base ms/token  rectified ms/token  ratio (lowest–highest)")
+        for batch, length in product(arguments.batches, arguments.lengths):
             row = bench.ratio(batch, length, arguments.repetitions)
             results["time"].append(asdict(row))
             print(
@@ -34,13 +33,15 @@ def main() -> None:
                 f"{row.ratio:.3f} ({row.lowest:.3f}–{row.highest:.3f})",
                 flush=True,
             )
-    if not arguments.skip_memory:
-        for batch in arguments.batches:
-            memory = peak_memory(shape, batch, max(arguments.lengths))
-            results["memory"].append(memory)
+    if "memory" in arguments.parts:
+        print("batch  new tokens  base peak MiB  rectified peak MiB  beside MiB of Q weights")
+        for batch, length in product(arguments.batches, arguments.lengths):
+            row = peak_memory(shape, batch, length)
+            results["memory"].append(row)
             print(
-                f"memory, batch {batch}, {memory['new_tokens']} new tokens: {memory['extra_mib']:.0f} MiB more at the "
-                f"peak, beside {memory['q_weights_mib']:.0f} MiB of Q weights"
+                f"{batch:5} {length:11} {row['base_mib']:14.0f} {row['rectified_mib']:19.0f} "
+                f"{row['q_weights_mib']:23.0f}",
+                flush=True,
             )
     if arguments.output:
         with open(arguments.output, "w", encoding="utf-8") as file:

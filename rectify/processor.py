@@ -93,7 +93,7 @@ class RectificationProcessor(LogitsProcessor):
         self.q_network = q_network.eval()  # with dropout it would be no function of the prefix
         self.rule = rule if rule is not None else Tilt()
         self.sampling = Sampling.resolve(model.generation_config if model is not None else None, **sampling)
-        self._warpers = self.sampling.warpers(q_network.device)
+        self._warpers = self.sampling.warpers(model.device if model is not None else q_network.device)
         self._memo = PrefixMemo(q_network, use_cache)
         self._same_vocabulary = False
         if tokenizer is not None and q_network.config.vocabulary is not None:

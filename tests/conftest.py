@@ -6,7 +6,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -47,7 +49,7 @@ def build_q_network(kind="gpt2", seed=1, noise=0.2, tokenizer=None, rank=16, **c
 
 def build_tokenizer(words=97, pad="t0", eos="t2", rename=()):
     names = {index: f"t{index}" for index in range(words)} | dict(rename)
-    tokenizer = Tokenizer(models.WordLevel({name: index for index, name in names.items()}, unk_token=names[3]))
+    tokenizer = Tokenizer(WordLevel({name: index for index, name in names.items()}, unk_token=names[3]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t1", eos_token=eos, pad_token=pad)
 
@@ -95,3 +97,39 @@ def spy(monkeypatch):
         return runs
 
     return watch
+
+
+@pytest.fixture(scope="session")
+def models(make_model):
+    return {kind: make_model(kind) for kind in ("gpt2", "llama", "sliding")}
+
+
+@pytest.fixture(scope="session")
+def q_networks(make_q_network):
+    return {kind: make_q_network(kind) for kind in ("gpt2", "llama", "sliding")}
+
+
+class StubHead(nn.Module):
+    """A head of given values, one row for each row of the batch, or one for all."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+    def forward(self, hidden, actions=None):
+        return self.values.expand(*hidden.shape[:-1], -1)
+
+    def log_survival(self, hidden, actions=None):
+        return self(hidden).log1p()
+
+
+@pytest.fixture
+def with_values(q_network):
+    """`with_values(values)`: a Q network of these values after every prefix."""
+
+    def make(values):
+        stub = DeadEndQNetwork(q_network.config, q_network.trunk)
+        stub.head = StubHead(values)
+        return stub
+
+    return make

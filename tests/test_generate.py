@@ -145,6 +145,9 @@ REFUSED = {
     "folder as output": ("--prompt", "a", "--output", "FOLDER"),
     "prompt longer than the context": ("--prompt", "word " * 1100),
     "no room in the context": ("--prompt", "word", "--max_new_tokens", "1024"),
+    "q without rectification": ("--q", "pocket-q"),
+    "rule without rectification": ("--rule", "mask"),
+    "no Unicode": ("--prompt", "a\udcff"),
     "two sources": ("--prompt", "a", "--prompts_file", "b"),
     "device": ("--device", "warp"),
 }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import multiprocessing
-import resource
 import statistics
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
+import psutil
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
@@ -117,13 +120,37 @@ class Bench:
         )
 
 
+class _PeakMemory:
+    """The highest resident memory of this process while it is entered, above what it was before, in MiB."""
+
+    def __enter__(self) -> _PeakMemory:
+        self._process = psutil.Process()
+        gc.collect()
+        if sys.platform == "linux":  # what was freed while the networks were built must not hide what is taken now
+            ctypes.CDLL(None).malloc_trim(0)
+        self._before = self._highest = self._process.memory_info().rss
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self._highest = max(self._highest, self._process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.mib = (self._highest - self._before) / 2**20
+
+
 def _peak(shape: Shape, batch: int, new_tokens: int, rectified: bool) -> float:
     bench = Bench(shape)
+    bench.generate(1, 2, rectified)  # what is made once, at first use
     if shape.device == "cpu":
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        bench.generate(batch, new_tokens, rectified)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 2**20
+        with _PeakMemory() as peak:
+            bench.generate(batch, new_tokens, rectified)
+        return peak.mib
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     bench.generate(batch, new_tokens, rectified)
@@ -133,17 +160,18 @@ def _peak(shape: Shape, batch: int, new_tokens: int, rectified: bool) -> float:
 def peak_memory(shape: Shape, batch: int, new_tokens: int) -> dict[str, Any]:
     """Peak memory in MiB that one call of `generate` adds to the loaded networks, each arm in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        base = pool.apply(_peak, (shape, batch, new_tokens, False))
-        rectified = pool.apply(_peak, (shape, batch, new_tokens, True))
+    peaks = []
+    for rectified in (False, True):
+        with context.Pool(1) as pool:
+            peaks.append(pool.apply(_peak, (shape, batch, new_tokens, rectified)))
     network = Bench(shape).processor.q_network
     weights = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters()) / 2**20
     return {
         "batch": batch,
         "new_tokens": new_tokens,
-        "base_mib": base,
-        "rectified_mib": rectified,
-        "extra_mib": rectified - base,
+        "base_mib": peaks[0],
+        "rectified_mib": peaks[1],
+        "extra_mib": peaks[1] - peaks[0],
         "q_weights_mib": weights,
     }
 

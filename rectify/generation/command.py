@@ -49,7 +49,7 @@ def make_parser(prog: str) -> Parser:
     rectification.add_argument("--rectify", action="store_true", help="rectify the model while it generates")
     rectification.add_argument("--compare", action="store_true", help="base and rectified, side by side")
     rectification.add_argument("--q", metavar="PATH", help="Q network: folder or Hub id (default: the pocket model's)")
-    rectification.add_argument("--rule", choices=tuple(RULES), default="tilt", help="default: %(default)s")
+    rectification.add_argument("--rule", choices=tuple(RULES), help="default: tilt")
     rectification.add_argument("--beta", type=float, help="tilt: exponent of the survival probability (default 4.5)")
     rectification.add_argument("--tau", type=float, help="advantage: tolerated extra risk (default 0.1)")
     rectification.add_argument("--threshold", type=float, help="mask: least survival probability (default 0.5)")
@@ -96,6 +96,10 @@ def _check(arguments: argparse.Namespace) -> None:
             f"num_return_sequences is {arguments.num_return_sequences}, without sampling no more than num_beams "
             f"{arguments.num_beams}: raise num_beams, or sample"
         )
+    if not (arguments.rectify or arguments.compare):
+        for name in ("q", "rule", "beta", "tau", "threshold", "epsilon"):
+            if getattr(arguments, name) is not None:
+                raise InvalidArgumentError(f"{name} is given, but nothing is rectified: add --rectify or --compare")
     if arguments.prompt and arguments.prompts_file:
         raise InvalidArgumentError("prompt and prompts_file are both given: give one of them")
 
@@ -133,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.do_sample = arguments.num_beams == 1
     _check(arguments)
     rule = make_rule(
-        arguments.rule,
+        arguments.rule or "tilt",
         beta=arguments.beta,
         tau=arguments.tau,
         threshold=arguments.threshold,

@@ -39,7 +39,7 @@ class Prompt:
         """A prompt from a string, from `{"prompt": "…"}`, or from a RealToxicityPrompts record.
 
         Raises:
-            PromptError: it is neither, or the text is empty.
+            PromptError: it is none of these, or the text is empty or no valid Unicode.
         """
         text = value
         if isinstance(value, dict):
@@ -50,6 +50,10 @@ class Prompt:
             raise PromptError('no prompt in it: give a string, {"prompt": "…"} or {"prompt": {"text": "…"}}')
         if not text.strip():
             raise PromptError("the prompt is empty: give at least one word")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the prompt is no valid Unicode text ({error.reason}): encode it as UTF-8") from error
         return cls(text, value if isinstance(value, dict) else {"prompt": {"text": text}})
 
 

@@ -136,9 +136,9 @@ def train_language_model(texts: Sequence[LabelledText], output: Path, epochs: fl
     )
     train_or_resume(trainer)
     logger.info("language model: %s", trainer.evaluate())
-    # nucleus sampling, as in RealToxicityPrompts runs
+    # as in RealToxicityPrompts runs
     model.generation_config = GenerationConfig(
-        do_sample=True, top_p=0.9, bos_token_id=0, eos_token_id=0, pad_token_id=0
+        do_sample=True, top_p=0.9, max_new_tokens=20, bos_token_id=0, eos_token_id=0, pad_token_id=0
     )
     model.config.use_cache = True  # Trainer switches it off
     cast(Any, model).to(torch.bfloat16).save_pretrained(output)

@@ -1,0 +1,32 @@
+"""The console command and its verbs."""
+
+import pytest
+
+from rectify.cli import VERBS, main
+
+
+@pytest.mark.parametrize("flags", [[], ["--help"]])
+def test_usage_names_the_verbs(capsys, flags):
+    assert main(flags) == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in VERBS)
+
+
+def test_an_unknown_verb_is_refused_in_one_line(capsys):
+    assert main(["detoxify"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "detoxify" in captured.err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_help(capsys, verb):
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: rectify {verb} ")
+
+
+def test_generate(capsys):
+    assert main(["generate", "--prompt", "You are such a", "--max_new_tokens", "3"]) == 0
+    assert capsys.readouterr().out.count("base ") == 1
