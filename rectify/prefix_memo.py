@@ -30,7 +30,7 @@ class _Growing:
     def _start(self, first: Tensor) -> None:
         self.length = first.shape[self.dim]
         shape = list(first.shape)
-        shape[self.dim] = max(2 * self.length, 64)
+        shape[self.dim] = max(self.length * 3 // 2, 64)
         self._buffer = first.new_empty(shape)
         self.view().copy_(first)
 
