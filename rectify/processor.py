@@ -94,6 +94,7 @@ class RectificationProcessor(LogitsProcessor):
         self.rule = rule if rule is not None else Tilt()
         self.sampling = Sampling.resolve(model.generation_config if model is not None else None, **sampling)
         self._warpers = self.sampling.warpers(model.device if model is not None else q_network.device)
+        self._truncates = self.sampling.truncates
         self._memo = PrefixMemo(q_network, use_cache)
         self._same_vocabulary = False
         if tokenizer is not None and q_network.config.vocabulary is not None:
@@ -173,7 +174,7 @@ class RectificationProcessor(LogitsProcessor):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         log_survival = self.next_token_log_survival(input_ids, scores.shape[-1]).to(scores.device)
         warped = self._warpers(cast(LongTensor, input_ids), cast(FloatTensor, scores))
-        result = rectify(warped, log_survival, self.rule, unwarped=scores if self.sampling.truncates else None)
+        result = rectify(warped, log_survival, self.rule, unwarped=scores if self._truncates else None)
         self._count(result)
         return result.scores
 

@@ -73,6 +73,9 @@ def project_onto_caps(log_policy: Tensor, caps: Tensor) -> Reshaped:
         log_policy: `[B, V]` normalised log-probabilities, float32 or float64; `-inf` outside the support.
         caps: `[B, V]` of the same dtype, in (0, 1].
 
+    Returns:
+        The projected log policy with its binding caps; feasible where the caps over the support sum to at least 1.
+
     Source: the minimiser of KL(π‖π₀) under box constraints, from its Lagrange conditions. The published code's two
     passes of cap and renormalise leave tokens up to three times above their caps.
     """

@@ -172,7 +172,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     prompts, skipped = _fitting(generator, prompts, processor, arguments.skip_bad_lines)
     if skipped:
-        notes.append(f"prompts: {skipped} skipped, longer than the context")
+        notes.append(f"prompts: {skipped} skipped, too long for the context or without a token")
     arms: Arms = {"base": None} if compare or not rectifying else {}
     if processor is not None:
         arms["rectified"] = processor
@@ -195,10 +195,10 @@ def _fitting(
     contexts = [getattr(generator.model.config.get_text_config(), "max_position_embeddings", None)]
     if processor is not None:
         contexts.append(processor.q_network.context)
-    too_long = generator.check_lengths(prompts, min((c for c in contexts if c is not None), default=None))
-    if skip and len(too_long) < len(prompts):
-        return [prompt for index, prompt in enumerate(prompts) if index not in too_long], len(too_long)
-    for index, message in too_long.items():
+    unusable = generator.unusable(prompts, min((c for c in contexts if c is not None), default=None))
+    if skip and len(unusable) < len(prompts):
+        return [prompt for index, prompt in enumerate(prompts) if index not in unusable], len(unusable)
+    for index, message in unusable.items():
         raise PromptError(f"prompt {index + 1}: {message}")
     return prompts, 0
 

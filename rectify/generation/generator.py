@@ -50,19 +50,19 @@ class Generator:
     num_return_sequences: int = 1
     seed: int = 0
 
-    def check_lengths(self, prompts: list[Prompt], context: int | None) -> dict[int, str]:
-        """What is wrong with the prompts that leave no room for the new tokens: their indices and the messages."""
-        if context is None:
-            return {}
-        too_long = {}
+    def unusable(self, prompts: list[Prompt], context: int | None) -> dict[int, str]:
+        """The prompts that make no token, or leave no room for the new ones: their indices and what is wrong."""
+        found = {}
         for index, prompt in enumerate(prompts):
             length = len(self.tokenizer(prompt.text)["input_ids"])
-            if length + self.max_new_tokens > context:
-                too_long[index] = (
+            if not length:
+                found[index] = "the model's tokenizer makes no token of it: give other words"
+            elif context is not None and length + self.max_new_tokens > context:
+                found[index] = (
                     f"it has {length} tokens, and with {self.max_new_tokens} new ones it exceeds the context of "
                     f"{context}: shorten it, or generate fewer tokens"
                 )
-        return too_long
+        return found
 
     @torch.no_grad()
     def continue_batch(
