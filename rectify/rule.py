@@ -79,33 +79,50 @@ def project_onto_caps(log_policy: Tensor, caps: Tensor) -> Reshaped:
     Source: the minimiser of KL(π‖π₀) under box constraints, from its Lagrange conditions. The published code's two
     passes of cap and renormalise leave tokens up to three times above their caps.
     """
-    slack, tiny = 8 * torch.finfo(caps.dtype).eps, torch.finfo(caps.dtype).tiny
-    feasible = caps.masked_fill(log_policy == -math.inf, 0).sum(-1) >= 1 - slack
-    log_caps = caps.log()
-    room = log_caps - log_policy  # a cap binds once log t exceeds it; infinite outside the support
+    feasible = caps.masked_fill(log_policy == -math.inf, 0).sum(-1) >= 1 - 8 * torch.finfo(caps.dtype).eps
+    # a cap binds once log t exceeds this room; infinite outside the support
+    room = caps.log().sub_(log_policy)
+    changed = room.amin(-1) < 0
+    capped = torch.zeros_like(changed, dtype=torch.int64)
+    # most caps of most states do not bind: only the rows where one does are worked on
+    rows = changed.nonzero().squeeze(-1)
+    if rows.numel() == len(changed):
+        log_policy, capped = _fill(log_policy, caps, room)
+    elif rows.numel():
+        projected, bound = _fill(log_policy[rows], caps[rows], room[rows])
+        log_policy = log_policy.index_copy(0, rows, projected)
+        capped = capped.index_copy(0, rows, bound)
+    return Reshaped(log_policy, capped, changed, feasible)
+
+
+def _fill(log_policy: Tensor, caps: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """The projection of rows with at least one binding cap, and how many bind: `[R, V]` and `[R]`."""
+    tiny = torch.finfo(caps.dtype).tiny
     log_t = torch.zeros_like(log_policy[:, :1])
     bound = room < 0
-    while bound.any():
-        free = 1 - caps.masked_fill(~bound, 0).sum(-1, keepdim=True)
-        step = free.clamp_min_(tiny).log_() - _logsumexp(log_policy.masked_fill(bound, -math.inf))
-        # with nothing bound, or nothing left to raise, t stays
-        log_t = torch.where(step.isfinite() & bound.any(-1, keepdim=True), torch.maximum(step, log_t), log_t)
+    while True:
+        free = (1 - caps.masked_fill(~bound, 0).sum(-1, keepdim=True)).clamp_min_(tiny).log_()
+        highest, total = _sum_of(log_policy.masked_fill(bound, -math.inf))
+        step = free - total - highest
+        # with nothing left to raise, t stays
+        log_t = torch.where(step.isfinite(), torch.maximum(step, log_t), log_t)
         grown = bound | (room < log_t)
         if torch.equal(grown, bound):
             break
         bound = grown
-    capped = bound.sum(-1)
-    # the rest, normalised to what the caps leave: `log_policy + log_t` would lose digits where t is large
-    free = (1 - caps.masked_fill(~bound, 0).sum(-1, keepdim=True)).clamp_min_(tiny)
-    raised = _normalise(log_policy.masked_fill(bound, -math.inf)).add_(free.log_())
-    return Reshaped(torch.where(bound, log_caps, raised), capped, capped > 0, feasible)
+    # not `log_policy + log_t`, which would lose digits where t is large; with nothing left to raise, total is -inf
+    raised = (log_policy - highest).add_(free - total.masked_fill(total == -math.inf, 0))
+    return torch.where(bound, caps.log(), raised), bound.sum(-1)
 
 
-def _logsumexp(x: Tensor) -> Tensor:
-    """`[B, 1]`; overwrites its argument, and so needs no other memory of its size."""
+def _sum_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest entry of each row of logs (0 where all are `-inf`), and the log of the sum relative to it.
+
+    Overwrites its argument, and so needs no other memory of its size.
+    """
     highest = x.amax(-1, keepdim=True)
-    shift = highest.masked_fill(highest == -math.inf, 0)
-    return x.sub_(shift).exp_().sum(-1, keepdim=True).log_().add_(shift)
+    highest = highest.masked_fill_(highest == -math.inf, 0)
+    return highest, x.sub_(highest).exp_().sum(-1, keepdim=True).log_()
 
 
 def _normalise(x: Tensor) -> Tensor:
@@ -113,10 +130,8 @@ def _normalise(x: Tensor) -> Tensor:
 
     torch's float32 `log_softmax` sums in one go on a CPU: over 150,000 tokens its probabilities miss 1 by 2e-5.
     """
-    highest = x.amax(-1, keepdim=True)
-    shifted = x - highest.masked_fill_(highest == -math.inf, 0)
-    total = shifted.exp().sum(-1, keepdim=True).log_()
-    return shifted.sub_(total.masked_fill_(total == -math.inf, 0))
+    highest, total = _sum_of(x.clone())
+    return (x - highest).sub_(total.masked_fill_(total == -math.inf, 0))
 
 
 @dataclass(frozen=True, kw_only=True)
