@@ -19,3 +19,9 @@ class VocabularyMismatchError(RectifyError, ValueError):
 
 class PromptError(RectifyError, ValueError):
     """A prompt, or a line of a prompts file, that cannot be used."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough to be part of a message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.errors import CheckpointError
+from rectify.errors import CheckpointError, first_line
 
 POCKET = {"pocket": "lm", "pocket-q": "q"}
 
@@ -36,11 +36,21 @@ def checkpoint_folder(name: str | Path, revision: str | None = None, files: list
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{str(name)!r} is neither a folder here nor a model that the Hub gives ({reason}): "
+            f"{str(name)!r} is neither a folder here nor a model that the Hub gives ({first_line(error)}): "
             "check the path, or the id and the connection"
         ) from error
+
+
+def model_place(name: str, revision: str | None = None) -> str | Path:
+    """What transformers loads a model from: its folder, or its Hub id, of which it fetches only what it needs.
+
+    Raises:
+        CheckpointError: there is no such folder, and the Hub does not give one.
+    """
+    # a name that leads nowhere is refused here at once; transformers would try for most of a minute
+    folder = checkpoint_folder(name, revision, files=["config.json"])
+    return folder if name in POCKET or Path(name).expanduser().is_dir() else name
 
 
 def load_language_model(
@@ -56,18 +66,15 @@ def load_language_model(
     Raises:
         CheckpointError: nothing usable is there.
     """
-    # a name that leads nowhere is refused here at once; transformers would try for most of a minute
-    folder = checkpoint_folder(name, files=["config.json"])
-    place: str | Path = folder if name in POCKET else name
+    place = model_place(name)
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
         model = AutoModelForCausalLM.from_pretrained(place, dtype="auto" if dtype is None else dtype)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"model {name!r} is neither a usable folder nor a model that the Hub gives ({reason}): "
+            f"model {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
             "check the path, or the id and the connection"
         ) from error
     tokenizer.padding_side = "left"

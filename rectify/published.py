@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2Model, PreTrainedTokenizerBase
 
 from rectify.command_line import Parser, execute, say
-from rectify.errors import CheckpointError
+from rectify.errors import CheckpointError, first_line
 from rectify.q_network import DeadEndQNetwork, QConfig
 from rectify.vocabulary import Fingerprint
 
@@ -48,9 +48,8 @@ def import_published(folder: str | Path, tokenizer: PreTrainedTokenizerBase | No
         else:
             state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     except (OSError, ValueError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{str(folder)!r} is no published checkpoint ({reason}): "
+            f"{str(folder)!r} is no published checkpoint ({first_line(error)}): "
             "give the folder with config.json and model.safetensors or pytorch_model.bin"
         ) from error
     if missing := sorted(_HEAD.keys() - state.keys()):

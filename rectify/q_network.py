@@ -20,7 +20,7 @@ from transformers import AutoModel, Cache, PreTrainedModel, PreTrainedTokenizerB
 
 from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.heads import LowRankHead, PublishedHead
-from rectify.hub import checkpoint_folder
+from rectify.hub import checkpoint_folder, model_place
 from rectify.vocabulary import Fingerprint
 
 CONFIG_FILE, HEAD_FILE = "q_config.json", "head.safetensors"
@@ -175,8 +175,8 @@ class DeadEndQNetwork(nn.Module):
             if config.base_model is None:
                 trunk = AutoModel.from_pretrained(folder / TRUNK_FOLDER, dtype=dtype, use_safetensors=True)
             else:
-                base = checkpoint_folder(config.base_model, config.base_revision)
-                trunk = AutoModel.from_pretrained(base, dtype=dtype)
+                base = model_place(config.base_model, config.base_revision)
+                trunk = AutoModel.from_pretrained(base, dtype=dtype, revision=config.base_revision or "main")
                 trunk = PeftModel.from_pretrained(trunk, folder / ADAPTER_FOLDER, is_trainable=is_trainable)
                 if not is_trainable:
                     trunk.merge_adapter()

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from rectify.command_line import Parser, execute, say
-from rectify.errors import InvalidArgumentError, PromptError
+from rectify.errors import InvalidArgumentError, PromptError, first_line
 from rectify.generation.display import Display
 from rectify.generation.generator import Generator, batches
 from rectify.generation.output import GenerationFile
@@ -123,7 +123,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name) if name else accelerator or torch.device("cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidArgumentError(f"device is {name!r}: {str(error).splitlines()[0]}") from error
+        raise InvalidArgumentError(f"device is {name!r}: {first_line(error)}") from error
     return device
 
 

@@ -36,8 +36,10 @@ class Display:
         """Say what the colours mean, where there are any."""
         if self.console.is_terminal:
             line = Text("token risk: ")
-            for low, (high, style) in zip((0, 0.1, 0.3, 0.6), _STYLES, strict=True):
-                line.append(f" {low}–{min(high, 1)} ", style=style)
+            low = 0.0
+            for high, style in _STYLES:
+                line.append(f" {low:g}–{min(high, 1):g} ", style=style)
+                low = high
             self.console.print(line)
 
     def prompt(self, prompt: Prompt) -> None:
