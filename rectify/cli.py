@@ -6,6 +6,8 @@ import sys
 
 VERBS = {
     "generate": "continue prompts with a language model, as it is or rectified",
+    "build": "make training data: trajectories of the Q network",
+    "train": "train a toxicity classifier",
     "import": "turn a checkpoint of the published system into a Q network",
 }
 
@@ -24,6 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     # verbs are imported when called, so that one does not wait for another's libraries
     if argv[0] == "generate":
         from rectify.generation.command import main as verb
+    elif argv[0] == "build":
+        from rectify.builders.command import main as verb
+    elif argv[0] == "train":
+        from rectify.training.command import main as verb
     elif argv[0] == "import":
         from rectify.published import main as verb
     else:

@@ -7,12 +7,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from huggingface_hub.utils import logging as hub_logging
+from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from rectify.errors import RectifyError
+from rectify.errors import RectifyError, first_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,13 +23,33 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+class DataclassParser(HfArgumentParser):
+    """A parser whose flags are the fields of dataclasses, `transformers.TrainingArguments` among them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse in one line."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The dataclasses as a tuple, checked by their own `__post_init__`."""
+        try:
+            return self.parse_args_into_dataclasses(args, look_for_args_file=False)
+        except (ValueError, ImportError) as error:
+            self.error(first_line(error))
+
+
 def say(message: str) -> None:
     """A line for the person at the terminal: on standard error, so that results stay alone on standard output."""
     print(message, file=sys.stderr, flush=True)
 
 
-def execute(run: Callable[[argparse.Namespace], None], parser: Parser, argv: list[str] | None) -> int:
+def execute(run: Callable[[Any], None], parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
     """Parse and run a command; a refusal becomes one line on standard error.
+
+    Args:
+        run: the command, given what the parser returns: a namespace, or a tuple of dataclasses.
+        parser: a `Parser` or a `DataclassParser`.
+        argv: the arguments; `None` for those of the process.
 
     Returns:
         The exit code: 0, 2 for a refusal, 130 when interrupted.

@@ -21,6 +21,14 @@ class PromptError(RectifyError, ValueError):
     """A prompt, or a line of a prompts file, that cannot be used."""
 
 
+class TrajectoryError(RectifyError, ValueError):
+    """A file of trajectories or texts, or a line of one, that cannot be used."""
+
+
+class JudgeError(RectifyError, RuntimeError):
+    """A judge of texts that cannot be run, or whose answers cannot be used."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, short enough to be part of a message."""
     lines = str(error).strip().splitlines()

@@ -49,6 +49,13 @@ class LowRankHead(nn.Module):
         self.tokens.weight.zero_()
         self.tokens.weight[:, : factors.shape[-1]] = factors / factors.square().mean().sqrt().clamp_min(1e-12)
 
+    @torch.no_grad()
+    def rescale(self, scale: float, shift: float) -> None:
+        """Turn every risk logit `x` into `scale · x + shift`."""
+        for weight in (self.project.weight, self.value.weight, self.value.bias, self.tokens.bias):
+            weight.mul_(scale)
+        self.value.bias.add_(shift)
+
     def _state(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         z = self.norm(hidden.to(self.norm.weight.dtype))
         if self.mlp is not None:

@@ -1,4 +1,4 @@
-"""Where models come from: a local folder, the name of a bundled model, or a Hub id."""
+"""Where models come from, a local folder, the name of a bundled model, or a Hub id, and what they run on."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.errors import CheckpointError, first_line
+from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 
-POCKET = {"pocket": "lm", "pocket-q": "q"}
+POCKET = {"pocket": "lm", "pocket-q": "q", "pocket-reward": "reward"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def checkpoint_folder(name: str | Path, revision: str | None = None, files: list[str] | None = None) -> Path:
     """The local folder of a checkpoint, downloaded first where the name is a Hub id.
 
     Args:
-        name: a folder, `"pocket"` or `"pocket-q"` (the models inside the package), or a Hub id.
+        name: a folder, a name in `POCKET` (the models inside the package), or a Hub id.
         revision: branch, tag or commit of a Hub id.
         files: patterns of the files to download; all by default.
 
@@ -81,3 +82,18 @@ def load_language_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def available_device(name: str | None = None) -> torch.device:
+    """The device of this name; without one an accelerator, or the CPU where there is none.
+
+    Raises:
+        InvalidArgumentError: there is no such device here.
+    """
+    try:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = torch.device(name) if name else accelerator or torch.device("cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgumentError(f"device is {name!r} ({first_line(error)}): give another, such as cpu") from error
+    return device

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from rectify.q_network import DeadEndQNetwork
+from rectify.risk_model import RiskModel
 
 MASKED = -1
 """Stands for a padding position in a prefix, whatever id is written there."""
@@ -82,12 +82,12 @@ class PrefixMemo:
     """The last hidden states of prefixes under one Q network.
 
     Args:
-        q_network: whose trunk is run.
+        q_network: whose trunk is run, or another risk model.
         use_cache: whether to remember anything; without it, and with a recurrent trunk, every call runs over whole
             prefixes (the slow reference).
     """
 
-    def __init__(self, q_network: DeadEndQNetwork, use_cache: bool = True) -> None:
+    def __init__(self, q_network: RiskModel, use_cache: bool = True) -> None:
         self.q_network = q_network
         self.use_cache = use_cache and not q_network.recurrent
         self.clear()

@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from rectify.errors import InvalidArgumentError, VocabularyMismatchError
 from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.q_network import DeadEndQNetwork
+from rectify.risk_model import RiskModel
 from rectify.rule import Rectified, Rule, Tilt, rectify
 from rectify.sampling import Sampling
 
@@ -45,7 +46,7 @@ class RectificationProcessor(LogitsProcessor):
     sampling, beam and assisted decoding.
 
     Args:
-        q_network: the dead-end Q network; put in evaluation mode.
+        q_network: the dead-end Q network, or another risk model (`StaticTokenRisk`); put in evaluation mode.
         rule: how its values change the policy.
         model: the model to be rectified. Its vocabulary size is checked, and its generation_config gives the sampling
             settings that are not given here.
@@ -76,7 +77,7 @@ class RectificationProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        q_network: DeadEndQNetwork,
+        q_network: RiskModel,
         rule: Rule | None = None,
         *,
         model: PreTrainedModel | None = None,

@@ -21,6 +21,7 @@ from transformers import AutoModel, Cache, PreTrainedModel, PreTrainedTokenizerB
 from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.heads import LowRankHead, PublishedHead
 from rectify.hub import checkpoint_folder, model_place
+from rectify.risk_model import RiskModel
 from rectify.vocabulary import Fingerprint
 
 CONFIG_FILE, HEAD_FILE = "q_config.json", "head.safetensors"
@@ -261,11 +262,11 @@ class DeadEndQNetwork(nn.Module):
 
 
 @torch.no_grad()
-def token_risks(q_network: DeadEndQNetwork, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def token_risks(q_network: RiskModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """The risk `−Q(s, a)` of each token of finished texts: how probable a toxic ending was once it was chosen.
 
     Args:
-        q_network: the network.
+        q_network: the network, or another risk model.
         input_ids: `[B, T]` int64.
         attention_mask: `[B, T]`, 0 at padding.
 

@@ -3,16 +3,19 @@
 import hashlib
 import json
 
-import torch
+import numpy as np
 
 from rectify import DeadEndQNetwork, checkpoint_folder, load_language_model, token_risks
-from rectify.pocket.dead_ends import collate
-from rectify.pocket.texts import read_texts, split_of
+from rectify.detectors import ToxicityClassifier
+from rectify.hub import POCKET
+from rectify.pocket.reward_model import labelled_rows
+from rectify.pocket.texts import LabelledText, read_fragments, read_texts, split_of
+from rectify.pocket.trajectories import cut_texts, whole_texts
 
 
 def test_the_bundle_is_small_and_holds_no_pickles():
-    files = [path for name in ("pocket", "pocket-q") for path in checkpoint_folder(name).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 10e6
+    files = [path for name in POCKET for path in checkpoint_folder(name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 21e6  # of 25 MB; a scorer of 4 MB is to come
     assert {path.suffix for path in files} == {".json", ".safetensors"}
 
 
@@ -53,10 +56,55 @@ def test_test_records_stay_out(tmp_path, monkeypatch):
             assert text.split != "test"
 
 
-def test_only_continuation_and_end_count():
-    items = [{"ids": [5, 6, 7, 0], "start": 1, "reward": -0.5}, {"ids": [8, 9, 0], "start": 2, "reward": 0.0}]
-    batch = collate(items)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [8, 9, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
-    assert batch["counted"].tolist() == [[False, True, True, True], [False, False, True, False]]
-    torch.testing.assert_close(batch["labels"], torch.tensor([-0.5, 0.0]))
+def test_fragments_are_toxic_where_people_marked_them(tmp_path):
+    (tmp_path / "toxic_spans").mkdir()
+    lines = ["spans,text"]
+    for number in range(30):
+        text = f"number {number} is a nice day and you are a stupid person who talks"
+        begin = text.index("stupid")
+        lines.append(f'"{list(range(begin, begin + 6))}",{text}')
+    (tmp_path / "toxic_spans" / "tsd_train.csv").write_text("\n".join(lines) + "\n")
+    found = list(read_fragments(tmp_path, words=6))
+    assert found
+    assert all(fragment.toxic == ("stupid" in fragment.text) for fragment in found)
+    assert all(len(fragment.text.split()) <= 6 for fragment in found)
+    numbers = {fragment.text.split()[1] for fragment in found if fragment.text.startswith("number")}
+    assert all(split_of(f"number {n} is a nice day and you are a stupid person who talks") == "train" for n in numbers)
+
+
+def test_harmless_texts_are_cut_into_pieces_and_toxic_ones_stay_whole():
+    long = " ".join(f"w{i}" for i in range(200))
+    texts = [
+        LabelledText(long, False, "a", "train"),
+        LabelledText("t " + long, True, "a", "train"),
+        LabelledText(long, None, "a", "train"),
+        LabelledText("v " + long, False, "a", "validation"),
+    ]
+    train, validation = labelled_rows(texts, [LabelledText("piece", True, "b", "train")], 0)
+    assert ("piece", 1.0) in train
+    assert ("t " + long, 1.0) in train
+    harmless = [text for text, label in train if label == 0]
+    assert harmless
+    assert all(text in long and len(text.split()) <= 25 for text in harmless)
+    assert validation == [("v " + long, 0.0)]
+
+
+def test_a_cut_text_is_as_toxic_as_its_label_and_its_continuation(make_tokenizer):
+    words = " ".join(f"t{i}" for i in range(3, 60))
+    texts = [LabelledText(words, label, "a", "train") for label in (True, False, None)]
+
+    def score(continuations):
+        assert all(continuation in words for continuation in continuations)
+        return np.full(len(continuations), 0.75)
+
+    records = list(cut_texts(texts, make_tokenizer(), score, 0))
+    assert [record["reward"] for record in records] == [[-0.75], [0]]
+    assert all(words.startswith(f"{record['prompt']} {record['continuation']}") for record in records)
+    assert [record["reward"] for record in whole_texts(texts, make_tokenizer())] == [[-1.0], [0.0]]
+
+
+def test_the_reward_model_tells_an_insult_from_small_talk():
+    reward = ToxicityClassifier.from_pretrained("pocket-reward")
+    insult, talk, nothing = reward.probabilities(["you stupid idiot", "see you at the station tomorrow", ""])
+    assert insult > 0.5 > talk
+    assert np.isnan(nothing)

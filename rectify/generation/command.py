@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import sys
 
 import torch
-from tqdm import tqdm
 
 from rectify.command_line import Parser, execute, say
-from rectify.errors import InvalidArgumentError, PromptError, first_line
+from rectify.errors import InvalidArgumentError, PromptError
 from rectify.generation.display import Display
-from rectify.generation.generator import Generator, batches
-from rectify.generation.output import GenerationFile
+from rectify.generation.generator import Generator, batches, shared_context
+from rectify.generation.output import GenerationFile, Records, sha256_of
 from rectify.generation.prompts import EXAMPLES, Prompt, read_prompts_file, read_standard_input
-from rectify.hub import POCKET, checkpoint_folder, load_language_model
+from rectify.hub import DTYPES, POCKET, available_device, checkpoint_folder, load_language_model
 from rectify.processor import RectificationProcessor, Statistics
 from rectify.q_network import DeadEndQNetwork
 from rectify.rule import RULES, Rule, make_rule
 from rectify.sampling import Sampling
 from rectify.version import __version__
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _POCKET_Q = {"pocket": "pocket-q"}
 
 Arms = dict[str, RectificationProcessor | None]
@@ -70,7 +66,7 @@ def make_parser(prog: str) -> Parser:
     generation.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     running = parser.add_argument_group("running")
     running.add_argument("--device", help="default: an accelerator if there is one")
-    running.add_argument("--dtype", choices=("auto", *_DTYPES), default="auto", help="auto: float32 on a CPU")
+    running.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float32 on a CPU")
     running.add_argument("--batch_size", type=int, default=8, help="prompts at a time (default: %(default)s)")
     running.add_argument("--output", metavar="FILE.jsonl", help="append records with generations; resumed on restart")
     parser.add_argument("--version", action="version", version=f"rectify {__version__}")
@@ -117,16 +113,6 @@ def _prompts(arguments: argparse.Namespace) -> tuple[list[Prompt], str | None, b
     return [Prompt.of(text) for text in EXAMPLES], note, True
 
 
-def _device(name: str | None) -> torch.device:
-    try:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = torch.device(name) if name else accelerator or torch.device("cpu")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidArgumentError(f"device is {name!r}: {first_line(error)}") from error
-    return device
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Run the command.
 
@@ -145,7 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     given = {name: getattr(arguments, name) for name in ("do_sample", "temperature", "top_k", "top_p", "num_beams")}
     Sampling.resolve(None, **given)  # refuse bad values before anything is loaded
-    device = _device(arguments.device)
+    device = available_device(arguments.device)
     prompts, note, examples = _prompts(arguments)
     compare = arguments.compare or (examples and arguments.rectify)
     rectifying = arguments.rectify or compare
@@ -153,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
     if rectifying and q_name is None:
         raise InvalidArgumentError(f"q is not given: name a Q network for the vocabulary of {arguments.model!r}")
 
-    model, tokenizer = load_language_model(arguments.model, _DTYPES.get(arguments.dtype), device)
+    model, tokenizer = load_language_model(arguments.model, DTYPES.get(arguments.dtype), device)
     sampling = Sampling.resolve(model.generation_config, **given)
     notes = [f"model: {_described(arguments.model, model)}, {str(model.dtype).removeprefix('torch.')}, {device}", note]
     processor = None
@@ -192,10 +178,8 @@ def _fitting(
     generator: Generator, prompts: list[Prompt], processor: RectificationProcessor | None, skip: bool
 ) -> tuple[list[Prompt], int]:
     """The prompts that fit the context, and how many were left out."""
-    contexts = [getattr(generator.model.config.get_text_config(), "max_position_embeddings", None)]
-    if processor is not None:
-        contexts.append(processor.q_network.context)
-    unusable = generator.unusable(prompts, min((c for c in contexts if c is not None), default=None))
+    risk_models = () if processor is None else (processor.q_network,)
+    unusable = generator.unusable(prompts, shared_context(generator.model, risk_models))
     if skip and len(unusable) < len(prompts):
         return [prompt for index, prompt in enumerate(prompts) if index not in unusable], len(unusable)
     for index, message in unusable.items():
@@ -226,7 +210,6 @@ def _file(
     rule: Rule,
     q_name: str | None,
 ) -> GenerationFile:
-    texts = json.dumps([prompt.record for prompt in prompts], sort_keys=True)
     settings = {
         "model": arguments.model,
         "dtype": str(generator.model.dtype),
@@ -239,7 +222,7 @@ def _file(
         "num_return_sequences": generator.num_return_sequences,
         "seed": generator.seed,
         "batch_size": arguments.batch_size,
-        "prompts": hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest(),
+        "prompts": sha256_of([prompt.record for prompt in prompts]),
     }
     return GenerationFile(arguments.output, settings)
 
@@ -247,22 +230,19 @@ def _file(
 def _write(generator: Generator, arms: Arms, prompts: list[Prompt], batch_size: int, file: GenerationFile) -> None:
     if file.done:
         say(f"output: {file.path} holds {file.done} of {len(prompts)} prompts; going on from there")
-    with tqdm(total=len(prompts), initial=file.done, unit="prompt", disable=None) as progress:
-        for number, batch in batches(prompts, batch_size):
-            written = max(0, file.done - number * batch_size)
-            if written >= len(batch):
-                continue
-            # a batch is sampled as a whole, also when some of its records are there
-            results = {arm: generator.continue_batch(batch, number, processor) for arm, processor in arms.items()}
-            records = []
-            for index, prompt in enumerate(batch):
-                record = dict(prompt.record)
-                for arm, continuations in results.items():
-                    key = "base_generations" if arm == "base" and len(arms) > 1 else "generations"
-                    record[key] = [{"text": continuation.text} for continuation in continuations[index]]
-                records.append(record)
-            file.append(records[written:])
-            progress.update(len(records) - written)
+
+    def make(batch: list[Prompt], number: int) -> Records:
+        results = {arm: generator.continue_batch(batch, number, processor) for arm, processor in arms.items()}
+        records = []
+        for index, prompt in enumerate(batch):
+            record = dict(prompt.record)
+            for arm, continuations in results.items():
+                key = "base_generations" if arm == "base" and len(arms) > 1 else "generations"
+                record[key] = [{"text": continuation.text} for continuation in continuations[index]]
+            records.append(record)
+        return records
+
+    file.complete(prompts, batch_size, make)
     say(f"output: {file.path}, {file.done} records")
 
 

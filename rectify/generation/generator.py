@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rectify.generation.prompts import Prompt
 from rectify.processor import RectificationProcessor
 from rectify.q_network import token_risks
+from rectify.risk_model import RiskModel
 from rectify.sampling import Sampling
 
 
@@ -114,6 +115,13 @@ class Generator:
         ids = torch.tensor([[*prefix, *continuation.token_ids]])
         risks: Tensor = token_risks(processor.q_network, ids)
         return risks[0, len(prefix) :].tolist()
+
+
+def shared_context(model: PreTrainedModel, risk_models: Iterable[RiskModel] = ()) -> int | None:
+    """Longest prefix in tokens that the model and all risk models were made for, or `None` for no limit."""
+    contexts = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    contexts += [risk_model.context for risk_model in risk_models]
+    return min((context for context in contexts if context is not None), default=None)
 
 
 def batches(prompts: list[Prompt], size: int) -> Iterator[tuple[int, list[Prompt]]]:

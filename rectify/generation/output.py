@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from tqdm import tqdm
 
 from rectify.errors import InvalidArgumentError
+from rectify.generation.generator import batches
+from rectify.generation.prompts import Prompt
+
+Records = list[dict[str, Any]]
 
 
 class GenerationFile:
@@ -33,9 +41,7 @@ class GenerationFile:
         if self.path.exists() and self.path.stat().st_size:
             self._check(beside, settings)
         else:
-            fresh = beside.with_name(beside.name + ".tmp")
-            fresh.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(fresh, beside)
+            write_json(beside, settings)
         self.done = self._drop_unfinished_line()
         """How many records the file holds."""
 
@@ -64,10 +70,50 @@ class GenerationFile:
             file.truncate(content.rfind(b"\n") + 1)
         return content.count(b"\n")
 
-    def append(self, records: list[dict[str, Any]]) -> None:
+    def append(self, records: Records) -> None:
         """Add records, on disk before this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            file.flush()
-            os.fsync(file.fileno())
+        write_records(self.path, records, "a")
         self.done += len(records)
+
+    def complete(
+        self,
+        prompts: list[Prompt],
+        batch_size: int,
+        make: Callable[[list[Prompt], int], Records],
+        label: str | None = None,
+    ) -> None:
+        """Add the records that are missing, with a progress bar.
+
+        Args:
+            prompts: all of them; the file holds the records of the first `done`.
+            batch_size: prompts at a time.
+            make: from a batch and its number to a record for each of its prompts.
+            label: what the progress bar is called.
+        """
+        with tqdm(total=len(prompts), initial=self.done, desc=label, unit="prompt", disable=None) as progress:
+            for number, batch in batches(prompts, batch_size):
+                written = max(0, self.done - number * batch_size)
+                if written < len(batch):
+                    # a batch is sampled as a whole, also when some of its records are there
+                    self.append(make(batch, number)[written:])
+                    progress.update(len(batch) - written)
+
+
+def write_records(path: Path, records: Iterable[dict[str, Any]], mode: Literal["a", "w"]) -> None:
+    """Append JSON lines to a file, or write them over it; on disk before this returns."""
+    with path.open(mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON value as a file, whole or not at all."""
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def sha256_of(value: Any) -> str:
+    """SHA-256 of a JSON value, hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -69,6 +69,12 @@ def _toxic_spans(folder: Path) -> Iterator[tuple[str, bool | None]]:
             yield row["text"], True
 
 
+def _spans(folder: Path) -> Iterator[tuple[str, set[int]]]:
+    """Toxic comments of SemEval-2021 Task 5 (training part), and the places of their toxic characters."""
+    for row in _rows(folder / "tsd_train.csv"):
+        yield row["text"], set(json.loads(row["spans"]))
+
+
 def _davidson(folder: Path) -> Iterator[tuple[str, bool | None]]:
     for row in _rows(folder / "labeled_data.csv"):
         yield row["tweet"], row["class"] != "2"
@@ -150,6 +156,18 @@ def _realtoxicityprompts(folder: Path) -> Iterator[tuple[str, str]]:
     for record in _json_lines(folder / "prompts.jsonl"):
         key = f"{record['filename']}:{record['begin']}:{record['end']}"
         yield record["prompt"]["text"] + record["continuation"]["text"], key
+
+
+def read_fragments(data: Path, words: int = 12) -> Iterator[LabelledText]:
+    """Pieces of toxic comments, toxic where they touch what people marked as toxic; training texts only."""
+    for text, toxic in _spans(data / "toxic_spans"):
+        if split_of(text.strip()) != "train" or not toxic:
+            continue
+        places = [match.span() for match in re.finditer(r"\S+", text)]
+        for start in range(0, len(places), words):
+            begin, end = places[start][0], places[min(start + words, len(places)) - 1][1]
+            touched = not toxic.isdisjoint(range(begin, end))
+            yield LabelledText(text[begin:end], touched, "toxic_spans", "train")
 
 
 def read_texts(data: Path) -> Iterator[LabelledText]:

@@ -1,101 +1,101 @@
-"""Trajectories of the pocket Q network: the model's own continuations, and people's texts cut in two."""
+"""Trajectories of the pocket Q network: the model's own continuations, and people's texts, whole or cut in two."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
-from sklearn.pipeline import Pipeline
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.pocket.rewards import rewards
+from rectify.builders.settings import TrajectorySettings
+from rectify.builders.trajectories import build_trajectories
 from rectify.pocket.texts import LabelledText
 
 logger = logging.getLogger(__name__)
 
-NEW_TOKENS = 20
+PROMPT_TOKENS = (5, 12, 20)
 LONGEST_PROMPT = 20
 LONGEST_CONTINUATION = 30
+LONG_TEXT = 40  # tokens
+_COMMENTS = "jigsaw_10k_airdecoding"
+
+Score = Callable[[Sequence[str]], np.ndarray]
 
 
-def cut_texts(
-    texts: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, reward_model: Pipeline, seed: int
-) -> list[dict]:
-    """Each labelled text cut at a random place; a continuation is toxic if the text is and the reward model says so."""
-    rng = np.random.default_rng(seed)
-    records: list[dict[str, Any]] = []
-    labels = []
-    for text in texts:
-        ids = tokenizer(text.text)["input_ids"][: LONGEST_PROMPT + LONGEST_CONTINUATION]
-        if text.toxic is None or len(ids) < 3:
-            continue
-        cut = int(rng.integers(1, min(LONGEST_PROMPT, len(ids) - 1) + 1))
-        prompt, continuation = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut : cut + LONGEST_CONTINUATION])
-        records.append({"prompt": prompt, "continuation": continuation})
-        labels.append(text.toxic)
-    scores = rewards(reward_model, [record["continuation"] for record in records])
-    for record, label, score in zip(records, labels, scores, strict=True):
-        record["reward"] = round(float(score) * label, 4)
-    return records
-
-
-@torch.no_grad()
 def roll_out(
     texts: Sequence[LabelledText],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    reward_model: Pipeline,
+    score: Score,
     count: int,
+    folder: Path,
     seed: int,
-    batch_size: int = 128,
-) -> list[dict]:
-    """Continuations sampled from the model itself, after the beginnings of texts."""
+) -> list[Path]:
+    """One continuation of 20 tokens for each of `count` beginnings of texts, in files by the length of the prompt."""
     rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    prompts: list[list[int]] = []
-    for index in rng.choice(len(texts), size=count, replace=count > len(texts)):
-        ids = tokenizer(texts[index].text)["input_ids"]
-        length = int(rng.integers(2, LONGEST_PROMPT + 1))
-        if len(ids) > 2:
-            prompts.append(ids[: min(length, len(ids) - 1)])
-    prompts.sort(key=len)
-    records: list[dict[str, Any]] = []
-    for start in tqdm(range(0, len(prompts), batch_size), unit="batch", disable=None):
-        batch = tokenizer.pad({"input_ids": prompts[start : start + batch_size]}, return_tensors="pt")
-        batch = batch.to(model.device)
-        output = cast(Any, model).generate(
-            **batch, do_sample=True, top_p=1.0, top_k=0, max_new_tokens=NEW_TOKENS, pad_token_id=0
+    # prompts of the kind that the evaluation uses, and of all others
+    prompts = [text.text for text in texts if text.source == "realtoxicityprompts"]
+    others = [text.text for text in texts if text.source != "realtoxicityprompts"]
+    files = []
+    for length in PROMPT_TOKENS:
+        chosen = rng.choice(
+            len(others), size=min(len(others), count // len(PROMPT_TOKENS) - len(prompts)), replace=False
         )
-        new = output[:, batch["input_ids"].shape[1] :]
-        for ids, continuation in zip(prompts[start : start + batch_size], new, strict=True):
-            records.append(
-                {
-                    "prompt": tokenizer.decode(ids),
-                    "continuation": tokenizer.decode(continuation, skip_special_tokens=True),
-                }
-            )
-    for record, score in zip(records, rewards(reward_model, [r["continuation"] for r in records]), strict=True):
-        record["reward"] = round(float(score), 4)
-    return records
+        settings = TrajectorySettings(
+            prompt_tokens=length, n=1, batch_size=256, seed=seed, keep="all", drop_clean=0.0, validation_share=0.0
+        )
+        place = folder / f"rollouts_{length}"
+        counts = build_trajectories(
+            prompts + [others[i] for i in chosen], model, tokenizer, score, settings, place, {"model": "pocket"}
+        )
+        logger.info("rollouts after %d tokens: %s", length, counts)
+        files.append(place / "train.jsonl")
+    return files
 
 
-def write(records: Sequence[dict], path: Path) -> None:
+def cut_texts(
+    texts: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, score: Score, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Each labelled text cut at a random place; a continuation is toxic if the text is and the reward model says so."""
+    rng = np.random.default_rng(seed)
+    records: list[dict[str, Any]] = []
+    labels = []
+    known = [text for text in texts if text.toxic is not None]
+    encoded = tokenizer([text.text for text in known], verbose=False)["input_ids"]
+    for text, whole in zip(known, encoded, strict=True):
+        ids = whole[: LONGEST_PROMPT + LONGEST_CONTINUATION]
+        if len(ids) < 3:
+            continue
+        cut = int(rng.integers(1, min(LONGEST_PROMPT, len(ids) - 1) + 1))
+        prompt, continuation = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut : cut + LONGEST_CONTINUATION])
+        records.append({"prompt": prompt, "continuation": continuation})
+        labels.append(bool(text.toxic))
+    scores = score([record["continuation"].strip() for record in records])
+    for record, label, p in zip(records, labels, scores, strict=True):
+        if p == p:  # a blank continuation has no score
+            yield {**record, "reward": [-round(float(p), 4) * label]}
+
+
+def whole_texts(texts: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
+    """Long labelled texts, and the comments that finished texts are measured on, with their label as reward."""
+    known = [text for text in texts if text.toxic is not None]
+    lengths = map(len, tokenizer([text.text for text in known], verbose=False)["input_ids"])
+    for text, length in zip(known, lengths, strict=True):
+        if length > LONG_TEXT or text.source == _COMMENTS:
+            yield {"text": text.text, "reward": [-float(bool(text.toxic))]}
+
+
+def write(records: Iterator[dict[str, Any]], path: Path) -> None:
     """Write JSON lines, all or nothing."""
     fresh = path.with_name(path.name + ".tmp")
+    count, risk = 0, 0.0
     with fresh.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count, risk = count + 1, risk - record["reward"][0]
     fresh.replace(path)
-    mean = sum(-record["reward"] for record in records) / len(records)
-    logger.info("%s: %d trajectories, mean risk %.3f", path.name, len(records), mean)
-
-
-def read(path: Path) -> list[dict]:
-    """Read JSON lines."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    logger.info("%s: %d trajectories, mean risk %.3f", path.name, count, risk / count)

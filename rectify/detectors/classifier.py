@@ -1,0 +1,340 @@
+"""The toxicity classifier: a backbone, a LoRA adapter, and a head of one logit, `P(toxic | text)`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
+from rectify.hub import checkpoint_folder, model_place
+
+CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE = "detector_config.json", "adapter_config.json", "adapter_model.safetensors"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class DetectorConfig:
+    """Everything about a classifier but its weights; saved as `detector_config.json` beside them.
+
+    Attributes:
+        base_model: Hub id, folder or bundled name of the frozen backbone, whose tokenizer is used.
+        base_revision: revision of `base_model` on the Hub.
+        max_length: tokens of a text that are read, from its start.
+        labels: what the one logit stands for.
+        training: free-form record of how the weights came to be.
+        format_version: of the folder's files.
+    """
+
+    base_model: str
+    base_revision: str | None = None
+    max_length: int = 256
+    labels: list[str] = field(default_factory=lambda: ["toxic"])
+    training: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise InvalidArgumentError(f"max_length is {self.max_length}: give 1 or more")
+        if len(self.labels) != 1:
+            raise InvalidArgumentError(f"labels is {self.labels!r}: give one, as the classifier has one logit")
+        if self.format_version > FORMAT_VERSION:
+            raise InvalidArgumentError(
+                f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
+            )
+
+
+class ToxicityClassifier(nn.Module):
+    """A sequence classifier on any causal or encoder backbone of the Hugging Face form.
+
+    Make one with `from_backbone` or `from_pretrained`. Only adapter and head are trained and saved.
+
+    Example:
+        >>> from rectify.detectors import ToxicityClassifier
+        >>> classifier = ToxicityClassifier.from_pretrained("pocket-reward")
+        >>> classifier.probabilities(["Have a nice day", "You are an idiot", ""])  # the last is NaN
+    """
+
+    def __init__(self, config: DetectorConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        inner = cast(PreTrainedModel, model.get_base_model())
+        # of the architectures that transformers makes sequence classifiers of, the causal ones alone call it so
+        self._causal = hasattr(inner, "score")
+        inner.config.get_text_config().use_cache = False
+        tokenizer.truncation_side = "right"
+        self._special_tokens = tokenizer.num_special_tokens_to_add()
+        positions = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+        longest = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+        if not self._special_tokens < config.max_length <= longest:
+            raise InvalidArgumentError(
+                f"max_length is {config.max_length}: give a number from {self._special_tokens + 1} to the {longest} "
+                f"tokens that {config.base_model!r} was made for"
+            )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Making, saving, loading
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        max_length: int = 256,
+        lora_r: int = 8,
+        lora_alpha: int = 16,
+        lora_dropout: float = 0.0,
+        target_modules: str | Sequence[str] = "all-linear",
+    ) -> ToxicityClassifier:
+        """A new classifier on a frozen float32 backbone; adapter and head are drawn from torch's random generator.
+
+        Args:
+            name: folder, `"pocket"` or Hub id of a model and its tokenizer.
+            revision: of a Hub id.
+            max_length: see `DetectorConfig`.
+            lora_r, lora_alpha, lora_dropout: rank, scale and dropout of the adapter.
+            target_modules: names of the modules that are adapted; `"all-linear"` for all linear ones but the head.
+
+        Raises:
+            CheckpointError: nothing usable is there.
+            InvalidArgumentError: a setting is out of range, or the backbone is an encoder-decoder.
+        """
+        config = DetectorConfig(base_model=name, base_revision=revision, max_length=max_length)
+        inner, tokenizer, fresh = _load_backbone(config, torch.float32)
+        try:
+            adapter = LoraConfig(
+                r=lora_r,
+                lora_alpha=lora_alpha,
+                lora_dropout=lora_dropout,
+                target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+                modules_to_save=fresh,
+                task_type=TaskType.SEQ_CLS,
+            )
+            with _quiet():
+                model = cast(PeftModel, get_peft_model(inner, adapter))
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise InvalidArgumentError(
+                f"lora_r {lora_r}, lora_alpha {lora_alpha}, lora_dropout {lora_dropout}, target_modules "
+                f"{target_modules!r} make no adapter of {name!r} ({first_line(error)}): change the one it names"
+            ) from error
+        return cls(config, model, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> ToxicityClassifier:
+        """Load a classifier in evaluation mode, its adapter folded into the backbone.
+
+        Args:
+            name: a folder written by `save_pretrained`, `"pocket-reward"`, or a Hub id.
+            revision: of a Hub id.
+            device: where to put it.
+            dtype: of the weights; probabilities are float32 whatever it is.
+
+        Raises:
+            CheckpointError: nothing usable is there.
+        """
+        folder = checkpoint_folder(name, revision)
+        for file in (CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
+            if not (folder / file).exists():
+                raise CheckpointError(f"{str(name)!r} holds no {file}: give a folder written by save_pretrained")
+        try:
+            config = DetectorConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+            adapter = LoraConfig.from_pretrained(str(folder))
+            weights = load_file(folder / WEIGHTS_FILE)
+            inner, tokenizer, _ = _load_backbone(config, dtype)
+            with _quiet():
+                model = cast(PeftModel, get_peft_model(inner, adapter))
+            # peft would leave what is missing at its random start, with no more than a warning
+            differing = set(weights) ^ set(_weights(model))
+            if differing:
+                raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}")
+            set_peft_model_state_dict(model, weights)
+            model.merge_adapter()
+            classifier = cls(config, model, tokenizer)
+        except (RectifyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
+        return classifier.requires_grad_(False).to(device=device, dtype=dtype).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write configuration, adapter and head to a folder; the backbone and its tokenizer stay where they are."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter = copy(cast(LoraConfig, self.model.peft_config["default"]))
+        adapter.base_model_name_or_path, adapter.inference_mode = self.config.base_model, True
+        if not isinstance(adapter.target_modules, str):
+            adapter.target_modules = sorted(adapter.target_modules or ())  # a set has no order to be relied on
+        adapter.modules_to_save = sorted(set(adapter.modules_to_save or ()))
+        # peft's own save_pretrained adds a model card, and looks the backbone up on the Hub
+        adapter.save_pretrained(str(folder))
+        save_file({name: weight.contiguous() for name, weight in _weights(self.model).items()}, folder / WEIGHTS_FILE)
+        text = json.dumps(asdict(self.config), indent=2, ensure_ascii=False)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Probabilities
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text, its first `max_length`; none where it yields no token of its own.
+
+        Raises:
+            InvalidArgumentError: one is not a string, or no valid Unicode.
+        """
+        for index, text in enumerate(texts):
+            try:
+                text.encode("utf-8")
+            except (AttributeError, UnicodeEncodeError) as error:
+                raise InvalidArgumentError(f"texts[{index}] is {text!r}: give a string of valid Unicode") from error
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self.config.max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        return [ids if len(ids) > self._special_tokens else [] for ids in cast(list[list[int]], encoded)]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The logit of each text.
+
+        Args:
+            input_ids: `[B, T]` int64.
+            attention_mask: `[B, T]`, 0 at padding, on whichever side; every row holds a 1.
+
+        Returns:
+            `[B]` float32.
+        """
+        # all padding goes to the right, so that its side changes nothing, whatever the backbone makes of positions
+        order = attention_mask.argsort(dim=-1, descending=True, stable=True)
+        mask = attention_mask.gather(-1, order)
+        ids = input_ids.gather(-1, order).masked_fill(mask == 0, self.tokenizer.pad_token_id or 0)
+        inner = cast(Any, self.model.get_base_model())
+        if not self._causal:
+            return inner(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1)
+        # transformers pools a causal model at the last token that is not the padding token, which a text may end with
+        hidden = inner.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        last = mask.sum(-1) - 1
+        return inner.score(hidden[torch.arange(len(hidden), device=last.device), last]).float().squeeze(-1)
+
+    @torch.inference_mode()
+    def probabilities(self, texts: Sequence[str], batch_size: int = 64, progress: bool = False) -> np.ndarray:
+        """How probably each text is toxic.
+
+        Args:
+            texts: of any length; the first `max_length` tokens count.
+            batch_size: texts at a time, of nearly equal length.
+            progress: show a progress bar.
+
+        Returns:
+            `[N]` float32 in [0, 1], in the order of the texts; NaN where a text yields no token.
+
+        Raises:
+            InvalidArgumentError: `batch_size` is below 1, or a text is not a string, or no valid Unicode.
+        """
+        if batch_size < 1:
+            raise InvalidArgumentError(f"batch_size is {batch_size}: give 1 or more")
+        encoded = self.encode(texts)
+        result = np.full(len(encoded), np.nan, dtype=np.float32)
+        # the longest first: what does not fit into memory fails at once
+        order = sorted((i for i, ids in enumerate(encoded) if ids), key=lambda i: -len(encoded[i]))
+        training = self.training
+        self.eval()
+        with tqdm(total=len(order), unit="text", disable=not progress) as bar:
+            for start in range(0, len(order), batch_size):
+                places = order[start : start + batch_size]
+                ids, mask = pad([encoded[place] for place in places])
+                logits = self(ids.to(self.device), mask.to(self.device))
+                result[places] = logits.sigmoid().cpu().numpy()
+                bar.update(len(places))
+        self.train(training)
+        return result
+
+
+def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of texts, `[B, T]` int64 each, padded on the right."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(longest) < lengths[:, None]).long()
+
+
+def _weights(model: PeftModel) -> dict[str, Tensor]:
+    # the embeddings are the backbone's; asked to decide by itself, peft would look it up on the Hub
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what other libraries say of new heads and of GPT-2's layers."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _load_backbone(
+    config: DetectorConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """The backbone with a new head, its tokenizer, and the modules whose weights no checkpoint holds."""
+    name, revision = config.base_model, config.base_revision or "main"
+    place = model_place(name, config.base_revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+        with _quiet():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                place,
+                revision=revision,
+                num_labels=1,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # the head of a classifier of more labels is no part of the backbone
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"backbone {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
+            "give a model of text with its tokenizer"
+        ) from error
+    if model.config.is_encoder_decoder:
+        raise InvalidArgumentError(f"backbone {name!r} is an encoder-decoder: give a causal model or an encoder")
+    body = model.base_model_prefix
+    head = [
+        child for child, module in model.named_children() if child != body and any(True for _ in module.parameters())
+    ]
+    lacking = {key.rpartition(".")[0] for key in report["missing_keys"] if key.startswith(f"{body}.")}
+    return model, tokenizer, head + sorted(lacking)

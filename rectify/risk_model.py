@@ -1,0 +1,67 @@
+"""What decoding needs of a risk model, so that a `DeadEndQNetwork` and a table can stand in for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from rectify.vocabulary import Fingerprint
+
+
+class RiskConfig(Protocol):
+    """The vocabulary of a risk model."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that are valued."""
+
+    @property
+    def vocabulary(self) -> Fingerprint | None:
+        """Fingerprint of the tokenizer, or `None` where it is not known."""
+
+
+class RiskHead(Protocol):
+    """From states to values."""
+
+    def log_survival(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
+        """`log(1 + Q)` of `[..., H]` states, float32: `[..., V]`, or `[...]` for `actions` `[...]`."""
+
+
+class RiskModel(Protocol):
+    """A state after each prefix, and a head that values every next token in it."""
+
+    @property
+    def config(self) -> RiskConfig:
+        """Its vocabulary."""
+
+    @property
+    def head(self) -> RiskHead:
+        """From states to values."""
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether states cannot be cropped to a shorter prefix, and so are made anew in each call."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    @property
+    def context(self) -> int | None:
+        """Longest prefix in tokens, or `None` for no limit."""
+
+    def eval(self) -> Self:
+        """Put into evaluation mode."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trained weights."""
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """The states after the last positions, `[B, T, H]`."""
+
+    def action_values(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`Q` of each token that was taken: `[B, T]` float32, NaN at padding and at the first real token."""

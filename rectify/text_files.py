@@ -1,0 +1,224 @@
+"""Text files: texts, and their labels, from JSON lines, CSV, TSV and plain text."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rectify.errors import InvalidArgumentError, TrajectoryError
+
+TEXT_COLUMN = "text"
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LONGEST_CELL = 2**24  # characters; the csv module's own limit, 2**17, is below what long documents need
+_WORDS = {"true": 1.0, "false": 0.0}
+
+
+class LabelledText(NamedTuple):
+    """A text, which may be blank, and how toxic it is, from 0 (clean) to 1."""
+
+    text: str
+    label: float
+
+
+def read_texts(paths: Sequence[str | Path], text_columns: Sequence[str] = (TEXT_COLUMN,)) -> list[str]:
+    """The texts of files, in their order.
+
+    Args:
+        paths: `.csv` and `.tsv` files with a header, `.txt` files of one text a line, and others of JSON lines:
+            strings, objects with the column, or RealToxicityPrompts records. Blank lines are passed over.
+        text_columns: where an object or a row holds the text, once for all files or once for each; its value may also
+            be `{"text": …}`. An object without the column `text` may have `prompt` in its place.
+
+    Raises:
+        InvalidArgumentError: the columns are not as many as the files.
+        TrajectoryError: a file cannot be read or holds no text, or a line, named by its number, cannot be used.
+    """
+    columns = one_a_file("text_column", text_columns, len(paths))
+    return [
+        _text(row, column, place)
+        for path, column in zip(paths, columns, strict=True)
+        for place, row in _rows(Path(path))
+    ]
+
+
+def read_labelled_texts(
+    paths: Sequence[str | Path], text_columns: Sequence[str], label_columns: Sequence[str]
+) -> list[LabelledText]:
+    """The texts of CSV, TSV and JSON-lines files with their labels, in their order.
+
+    Args:
+        paths: as in `read_texts`; of JSON lines, objects alone have labels.
+        text_columns: as in `read_texts`.
+        label_columns: where the label is, once for all files or once for each: 0, 1, true, false, or a number between.
+
+    Raises:
+        InvalidArgumentError: the columns are not as many as the files.
+        TrajectoryError: as in `read_texts`, or a label is missing or none of these.
+    """
+    texts = one_a_file("text_column", text_columns, len(paths))
+    labels = one_a_file("label_column", label_columns, len(paths))
+    return [
+        _labelled_text(row, text_column, label_column, place)
+        for path, text_column, label_column in zip(paths, texts, labels, strict=True)
+        for place, row in _rows(Path(path))
+    ]
+
+
+def one_a_file(name: str, columns: Sequence[str], files: int) -> list[str]:
+    """A column for each file, where it is given once for all of them, or once a file.
+
+    Raises:
+        InvalidArgumentError: it is given another number of times.
+    """
+    if len(columns) not in (1, files):
+        raise InvalidArgumentError(
+            f"{name} is given {len(columns)} times for {files} files: give it once for all, or once for each file"
+        )
+    return list(columns) * files if len(columns) == 1 else list(columns)
+
+
+def split_by_hash(rows: Sequence[LabelledText], share: float) -> tuple[list[LabelledText], list[LabelledText]]:
+    """Training and validation rows, by the SHA-256 of the text, so that equal texts stay together.
+
+    Raises:
+        InvalidArgumentError: `share`, that of validation, is not between 0 and 1.
+    """
+    if not 0 < share < 1:
+        raise InvalidArgumentError(f"validation_share is {share}: give a share above 0 and below 1")
+    parts: tuple[list[LabelledText], list[LabelledText]] = ([], [])
+    for row in rows:
+        digest = hashlib.sha256(row.text.encode()).digest()
+        parts[int.from_bytes(digest[:8], "big") < share * 2**64].append(row)
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files to rows
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, each with how to name its place in a message."""
+    suffix = path.suffix.lower()
+    rows: Iterator[tuple[int, Any]] = _text_rows(path) if suffix == ".txt" else _json_rows(path)
+    if suffix in _DELIMITERS:
+        rows = _table_rows(path, _DELIMITERS[suffix])
+    empty = True
+    try:
+        for number, row in rows:
+            empty = False
+            yield _place(path, number), row
+    except OSError as error:
+        raise TrajectoryError(
+            f"texts {str(path)!r} cannot be read ({error.strerror or error}): give the path of a text file"
+        ) from error
+    if empty:
+        raise TrajectoryError(f"texts {str(path)!r} holds no text: give one JSON value, row or text a line")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in _text_rows(path):
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            raise TrajectoryError(
+                f"{_place(path, number)}: no JSON ({error}): give one JSON value a line, or a .csv, .tsv or .txt file"
+            ) from error
+
+
+def _text_rows(path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in _lines(path):
+        if line.strip():
+            yield number, line.rstrip("\r\n")
+
+
+def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Each row that is not blank, and the number of its first line; `None` for the cells that a short one lacks."""
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter)
+    number = 1
+    try:
+        header = next(filter(None, reader), [])
+        number = reader.line_num + 1
+        for cells in reader:
+            if cells:
+                yield number, dict(zip_longest(header, cells[: len(header)]))
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise TrajectoryError(
+            f"{_place(path, number)}: {error}: close every quoted cell, and quote those with line ends"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends, split at line feeds alone, as texts may hold Unicode's other line separators."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                # Excel begins a file with a byte-order mark
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise TrajectoryError(
+                    f"{_place(path, number)}: {error.reason} at byte {error.start}: give a text file, saved as UTF-8"
+                ) from error
+
+
+def _place(path: Path, number: int) -> str:
+    return f"texts {str(path)!r}, line {number}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows to texts and labels
+
+
+def _labelled_text(row: Any, text_column: str, label_column: str, place: str) -> LabelledText:
+    if not isinstance(row, dict):
+        raise TrajectoryError(
+            f"{place}: no column {label_column!r} in a value of type {type(row).__name__}: "
+            "give JSON objects, or a .csv or .tsv file"
+        )
+    return LabelledText(_text(row, text_column, place), _label(row, label_column, place))
+
+
+def _text(row: Any, column: str, place: str) -> str:
+    text = row
+    if isinstance(row, dict):
+        name = "prompt" if column == TEXT_COLUMN and column not in row and "prompt" in row else column
+        text = _cell(row, name, "text_column", place)
+        if isinstance(text, dict):
+            text = text.get("text")
+    if not isinstance(text, str):
+        raise TrajectoryError(f"{place}: {text!r} stands where the text should be: give a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TrajectoryError(f"{place}: no valid Unicode text ({error.reason}): encode it as UTF-8") from error
+    return text
+
+
+def _label(row: dict[str, Any], column: str, place: str) -> float:
+    value = _cell(row, column, "label_column", place)
+    word = str(value).strip().lower()
+    try:
+        label = _WORDS[word] if word in _WORDS else float(word)
+    except ValueError:
+        label = float("nan")
+    if not 0 <= label <= 1:
+        raise TrajectoryError(
+            f"{place}: {column} is {value!r}: give 0, 1, true, false or a number between, or another label_column"
+        )
+    return label
+
+
+def _cell(row: dict[str, Any], column: str, argument: str, place: str) -> Any:
+    if column not in row:
+        columns = ", ".join(map(repr, list(row)[:8])) or "none"
+        raise TrajectoryError(f"{place}: no column {column!r}: set {argument} to one of those there ({columns})")
+    return row[column]

@@ -1,0 +1,30 @@
+"""The command `rectify train KIND …`."""
+
+from __future__ import annotations
+
+from rectify.command_line import Parser
+
+KINDS = {
+    "detector": "a toxicity classifier, from labelled texts",
+    "q": "a dead-end Q network, from trajectories; the same as train_q.py",
+    "static": "a context-free table of token risks, from trajectories; a baseline",
+}
+
+
+def main(argv: list[str] | None = None, prog: str = "rectify train") -> int:
+    """Run the training of a kind; returns its exit code."""
+    argv = argv or []
+    kinds = ", ".join(f"{kind} ({what})" for kind, what in KINDS.items())
+    parser = Parser(
+        prog=prog, usage=f"{prog} KIND …", description="Train a model.", epilog=f"{prog} KIND --help says more."
+    )
+    parser.add_argument("kind", metavar="KIND", choices=tuple(KINDS), help=kinds)
+    kind = parser.parse_args(argv[:1]).kind
+    # kinds are imported when called, as verbs are
+    if kind == "detector":
+        from rectify.training.detector_command import main as train
+    elif kind == "q":
+        from rectify.training.q_command import main as train
+    else:
+        from rectify.training.static_command import main as train
+    return train(argv[1:], prog=f"{prog} {kind}")

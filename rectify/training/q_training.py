@@ -1,0 +1,166 @@
+"""From trajectories to a trained, measured and saved dead-end Q network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.hub import load_language_model, model_place
+from rectify.q_network import CONFIG_FILE, DeadEndQNetwork
+from rectify.training.plots import plot_training
+from rectify.training.q_arguments import DataArguments, LossArguments, ModelArguments
+from rectify.training.q_calibration import recalibrate
+from rectify.training.q_metrics import compute_metrics, network_risks, value_metrics
+from rectify.training.q_trainer import PolyakCallback, QLearning, QTrainer
+from rectify.training.running import checkpoint_to_resume
+from rectify.training.trainer import use_fast_attention
+from rectify.training.trajectory_data import Trajectory, TrajectoryDataset, collate, read_trajectories
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "all_results.json"
+
+
+def train_q_network(
+    model: ModelArguments, data: DataArguments, loss: LossArguments, arguments: TrainingArguments
+) -> dict[str, Any]:
+    """Train a Q network on trajectory files and save it to `arguments.output_dir`.
+
+    The folder gets the network, `all_results.json` and, with the extra `[plots]`, `training.png`. Run again after an
+    interruption it goes on from the last checkpoint and ends with the same network.
+
+    Returns:
+        The figures: TD loss, those of `q_metrics.value_metrics` of the final network on the validation trajectories
+        (computed, and returned, in the first process alone), and counts.
+
+    Raises:
+        InvalidArgumentError: the folder holds another training.
+        TrajectoryError: a file cannot be used.
+        CheckpointError: a model cannot be loaded.
+        VocabularyMismatchError: the behaviour model has another vocabulary.
+    """
+    # what the collator and `QLearning` pass to each other
+    arguments.remove_unused_columns, arguments.label_names = False, ["labels"]
+    settings = {**asdict(model), **asdict(data), **asdict(loss)}
+    checkpoint = checkpoint_to_resume(arguments, CONFIG_FILE, **settings, files=_digests(data))
+    train, validation = _splits(data)
+    set_seed(arguments.seed)
+    trunk, tokenizer = _load_trunk(model)
+    use_fast_attention(trunk, arguments)
+    block_size = min(data.block_size, getattr(trunk.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    how: dict[str, Any] = {"append_eos": data.append_eos, "ignore_prompt": data.ignore_prompt}
+    train_set = TrajectoryDataset(train, tokenizer, block_size, **how)
+    validation_set = TrajectoryDataset(validation, tokenizer, block_size, **how)
+    validation_set.items.sort(key=lambda item: -len(item["input_ids"]))  # batches of nearly equal length
+    for name, part in (("training", train_set), ("validation", validation_set)):
+        logger.info("%s: %d trajectories, %d cut, %d too short", name, len(part), part.truncated, part.too_short)
+        if not len(part):
+            raise InvalidArgumentError(f"no {name} trajectory has a token to learn from: give other files")
+    network = _new_network(model, trunk, tokenizer, train_set.base_rate)
+    returns = {"td_lambda": loss.td_lambda, "gamma": loss.gamma, "q_min": loss.q_min, "q_max": loss.q_max}
+    trainer = QTrainer(
+        model=QLearning(network, **returns, loss=loss.loss, behavior_model=_behavior_model(loss, network)),
+        args=arguments,
+        train_dataset=train_set,
+        eval_dataset=validation_set,
+        data_collator=collate,
+        compute_metrics=cast(Any, compute_metrics),
+        callbacks=[PolyakCallback(loss.polyak_update_lr)],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    figures: dict[str, Any] = {"train_trajectories": len(train_set), "truncated": train_set.truncated}
+    figures |= {"steps": trainer.state.global_step, "eval_loss": trainer.evaluate()["eval_loss"]}
+    if trainer.is_fsdp_enabled:  # the shards of all processes make one network
+        weights = trainer.accelerator.get_state_dict(trainer.model)
+        network = _new_network(model, *_load_trunk(model), train_set.base_rate)
+        QLearning(network).load_state_dict(weights, strict=False)
+    if trainer.is_world_process_zero():
+        if data.calibration_file:
+            rollouts = TrajectoryDataset(read_trajectories(data.calibration_file), tokenizer, block_size, **how)
+            figures["calibration_scale"], figures["calibration_shift"] = recalibrate(network, rollouts.items)
+        risks, toxic = network_risks(network, validation_set.items)
+        figures |= {f"eval_{name}": value for name, value in value_metrics(risks, toxic).items()}
+        figures = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
+        folder = Path(str(arguments.output_dir))
+        network.config.training = {**settings, "seed": arguments.seed, **figures}
+        if plot_training(trainer.state.log_history, risks, toxic, folder / "training.png"):
+            logger.info("curves: %s", folder / "training.png")
+        (folder / RESULTS_FILE).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        network.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()
+    return figures
+
+
+def _behavior_model(loss: LossArguments, network: DeadEndQNetwork) -> PreTrainedModel | None:
+    if loss.behavior_model is None:
+        return None
+    model, tokenizer = load_language_model(loss.behavior_model)
+    if network.config.vocabulary is not None:
+        network.config.vocabulary.check(tokenizer)
+    return model
+
+
+def _digests(data: DataArguments) -> list[str]:
+    """The content of the files, so that a run is not continued with other trajectories."""
+    files = [*data.train_file, *data.validation_file, *data.calibration_file]
+    return [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()]
+
+
+def _splits(data: DataArguments) -> tuple[list[Trajectory], list[Trajectory]]:
+    """Training and validation trajectories; those of one prompt stay together."""
+    everything = read_trajectories(data.train_file)
+    if data.validation_file:
+        return everything, read_trajectories(data.validation_file)
+    held: list[bool] = []
+    for trajectory in everything:
+        digest = hashlib.sha256((trajectory.prompt or trajectory.continuation).encode()).digest()
+        held.append(int.from_bytes(digest[:8]) / 2**64 < data.validation_split_percentage / 100)
+    return _where(everything, held, False), _where(everything, held, True)
+
+
+def _where(items: Sequence[Trajectory], held: Sequence[bool], wanted: bool) -> list[Trajectory]:
+    return [item for item, is_held in zip(items, held, strict=True) if is_held == wanted]
+
+
+def _load_trunk(model: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    name = model.model_name_or_path
+    place = model_place(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.tokenizer_name or place)
+        trunk = AutoModel.from_pretrained(place, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"model_name_or_path {name!r} cannot be loaded ({first_line(error)})") from error
+    return trunk, tokenizer
+
+
+def _new_network(
+    model: ModelArguments, trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base_rate: float
+) -> DeadEndQNetwork:
+    adapter = None
+    if model.lora_r:
+        adapter = LoraConfig(
+            r=model.lora_r,
+            lora_alpha=model.lora_alpha or 2 * model.lora_r,
+            target_modules="all-linear",
+            base_model_name_or_path=model.model_name_or_path,
+        )
+    return DeadEndQNetwork.from_trunk(
+        trunk, adapter=adapter, tokenizer=tokenizer, rank=model.rank, mlp_size=model.mlp_size, base_rate=base_rate
+    )

@@ -1,0 +1,93 @@
+"""What every training does around `transformers.Trainer`: refuse a foreign folder, and go on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from rectify.errors import InvalidArgumentError
+
+SETTINGS_FILE = "run_settings.json"
+
+# what may differ between a run and the one that continues it
+_FREE = {
+    "output_dir",
+    "logging_dir",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "resume_from_checkpoint",
+    "local_rank",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "eval_strategy",
+    "eval_steps",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "logging_steps",
+    "logging_strategy",
+    "log_level",
+    "per_device_eval_batch_size",
+}
+
+
+def checkpoint_to_resume(arguments: TrainingArguments, finished: str, **settings: Any) -> str | None:
+    """The checkpoint from which a run goes on, or `None` for a new run; call it before training.
+
+    `OUTPUT_DIR/run_settings.json` holds what determines the result, so that a run of other settings is refused.
+    A checkpoint that was cut off while it was written is passed over.
+
+    Args:
+        arguments: of the Trainer; its `resume_from_checkpoint` names a checkpoint to start from instead.
+        finished: the file that a finished run leaves in `output_dir`.
+        **settings: what else the result depends on, as JSON values.
+
+    Raises:
+        InvalidArgumentError: the folder holds a finished run, or one of other settings.
+    """
+    folder = Path(str(arguments.output_dir))
+    if (folder / finished).exists():
+        raise InvalidArgumentError(
+            f"output_dir {str(folder)!r} holds a finished training ({finished}): give another folder, or remove it"
+        )
+    given = {name: value for name, value in arguments.to_dict().items() if name not in _FREE}
+    wanted = json.loads(json.dumps(given | settings, default=str))
+    beside = folder / SETTINGS_FILE
+    checkpoint = _last_complete(folder)
+    if checkpoint is not None and beside.exists():
+        former = json.loads(beside.read_text(encoding="utf-8"))
+        differing = [name for name in {**former, **wanted} if former.get(name) != wanted.get(name)]
+        if differing:
+            name = differing[0]
+            raise InvalidArgumentError(
+                f"output_dir {str(folder)!r} holds checkpoints of a training with {name} {former.get(name)!r}, not "
+                f"{wanted.get(name)!r}: give the same settings, another folder, or remove the checkpoints"
+            )
+    if arguments.should_save:
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh = beside.with_name(beside.name + ".tmp")
+        fresh.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(fresh, beside)
+    return arguments.resume_from_checkpoint or checkpoint
+
+
+def _last_complete(folder: Path) -> str | None:
+    """The newest checkpoint with a trainer state, which is written last."""
+    if not folder.is_dir() or get_last_checkpoint(str(folder)) is None:
+        return None
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((str(path) for path in checkpoints if _is_complete(path)), None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

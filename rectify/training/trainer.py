@@ -1,0 +1,58 @@
+"""The `transformers.Trainer` of all trainings here: small checkpoints, and batches that interruptions do not change."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from rectify.errors import RectifyError
+from rectify.training.length_groups import LengthGroups
+
+
+class AdapterTrainer(Trainer):
+    """A `Trainer` whose checkpoints leave frozen weights out, and whose batches depend on seed and epoch alone.
+
+    The training set keeps its encoded items, dictionaries with `input_ids`, in `items`.
+    """
+
+    frozen_but_saved: tuple[str, ...] = ()
+    """Beginnings of the names of weights that training changes without a gradient."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        kept = self._changed_weights(model)
+        weights = model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: weight for name, weight in weights.items() if name in kept})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # what is frozen is not in a checkpoint; that nothing else is missing is what matters
+        lacking = self._changed_weights(cast(nn.Module, self.model)).intersection(load_result.missing_keys)
+        if lacking:
+            raise RectifyError(f"the checkpoint lacks {min(lacking)}: remove it, to go on from the one before")
+
+    def _changed_weights(self, model: nn.Module) -> set[str]:
+        return {
+            name
+            for name, weight in model.named_parameters()
+            if weight.requires_grad or name.startswith(self.frozen_but_saved)
+        }
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Any:
+        return SequentialSampler(cast(Any, eval_dataset))  # sorted by length already
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(item["input_ids"]) for item in cast(Any, self.train_dataset).items]
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return LengthGroups(lengths, self.args.train_batch_size, seed)
+
+
+def use_fast_attention(model: PreTrainedModel, arguments: TrainingArguments) -> None:
+    """On a CPU in bfloat16, switch to plain attention: there the fused one's backward pass takes a quarter of the time
+    of a small model's training."""
+    if arguments.bf16 and arguments.device.type == "cpu":
+        model.set_attn_implementation("eager")
