@@ -172,6 +172,12 @@ def test_pairs_by_hand(place):
     assert {one["accuracy"] for one in found["figures"]["static"].values()} == {0.5}
 
 
+def test_no_bundled_pair_is_left_out_with_the_pocket_models():
+    found = QQuality(QualitySettings(pairs=str(EVAL / "data" / "counterfactual_pairs.jsonl"))).pairs()
+    assert found["counts"] == {"read": 240, "left_out": 0}
+    assert found["figures"]["q"]["all"]["pairs"] == 240
+
+
 def test_labelled_texts(place):
     measured = quality(place, "labelled_texts", hash_split="all", toxic_label=0)
     found = measured.labelled_texts()

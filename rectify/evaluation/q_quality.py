@@ -270,9 +270,8 @@ class QQuality:
             groups[kind] = [pair.kind == kind for pair, *_ in kept]
         figures = {}
         for name, risk_model in self.risk_models.items():
-            harmless, toxic = (
-                last_risks(risk_model, [row[side] for row in kept], self.settings.batch_size) for side in (1, 2)
-            )
+            harmless = last_risks(risk_model, [ids for _, ids, _, _ in kept], self.settings.batch_size)
+            toxic = last_risks(risk_model, [ids for _, _, ids, _ in kept], self.settings.batch_size)
             wins = (toxic > harmless) + 0.5 * (toxic == harmless)
             figures[name] = {group: _share(wins[np.array(chosen, dtype=bool)]) for group, chosen in groups.items()}
         counts = {"read": len(read), "left_out": len(read) - len(kept)}
@@ -492,7 +491,7 @@ def _number(value: float | None, form: str) -> str:
 
 def _accuracy(one: dict[str, Any]) -> str:
     error = one["standard_error"]
-    return _number(one["accuracy"], ".3f") + (f" ± {error:.3f}" if error else "")
+    return _number(one["accuracy"], ".3f") + (f" ± {error:.3f}" if error is not None else "")
 
 
 def _counts(part: dict[str, Any]) -> str:
