@@ -5,6 +5,7 @@ from rectify.errors import (
     InvalidArgumentError,
     PromptError,
     RectifyError,
+    TrajectoryError,
     VocabularyMismatchError,
 )
 from rectify.hub import checkpoint_folder, load_language_model
@@ -27,6 +28,7 @@ __all__ = [
     "Rule",
     "Statistics",
     "Tilt",
+    "TrajectoryError",
     "VocabularyMismatchError",
     "__version__",
     "checkpoint_folder",

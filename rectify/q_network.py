@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.heads import LowRankHead, PublishedHead
 from rectify.hub import checkpoint_folder, model_place
 from rectify.risk_model import RiskModel
@@ -186,8 +186,9 @@ class DeadEndQNetwork(nn.Module):
         except CheckpointError:
             raise
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
+            raise CheckpointError(
+                f"{str(name)!r} could not be loaded ({first_line(error)}): is it complete, and its trunk the right one?"
+            ) from error
         return network.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -199,6 +200,7 @@ class DeadEndQNetwork(nn.Module):
         if isinstance(self.trunk, PeftModel):
             # the embeddings are the trunk's; asked to decide by itself, peft would look the trunk up on the Hub
             self.trunk.save_pretrained(str(folder / ADAPTER_FOLDER), save_embedding_layers=False)
+            (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)  # peft's template of a model card
         else:
             self.trunk.save_pretrained(str(folder / TRUNK_FOLDER))
 

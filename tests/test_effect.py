@@ -380,7 +380,6 @@ def test_curves_and_their_plot(done, tmp_path):
     assert set(found) == {"base", "tilt, Q network", "mask, token risks", "tilt, token risks"}
     base = report["arms"][0]["toxic"]["toxic_share"]
     assert found["base"] == [(0.0, base, 1.0, 1.0)]
-    pytest.importorskip("matplotlib")
     plot_curves(report, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InvalidArgumentError, match=r"'curves\.xyz'"):
