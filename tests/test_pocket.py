@@ -90,16 +90,20 @@ def test_harmless_texts_are_cut_into_pieces_and_toxic_ones_stay_whole():
 
 
 def test_a_cut_text_is_as_toxic_as_its_label_and_its_continuation(make_tokenizer):
-    words = " ".join(f"t{i}" for i in range(3, 60))
+    words = " ".join(f"t{i}" for i in range(30, 90))
     texts = [LabelledText(words, label, "a", "train") for label in (True, False, None)]
 
     def score(continuations):
-        assert all(continuation in words for continuation in continuations)
+        assert len(continuations) == 2  # nobody labelled the third
         return np.full(len(continuations), 0.75)
 
     records = list(cut_texts(texts, make_tokenizer(), score, 0))
     assert [record["reward"] for record in records] == [[-0.75], [0]]
-    assert all(words.startswith(f"{record['prompt']} {record['continuation']}") for record in records)
+    for record in records:
+        together = (record["prompt"] + record["continuation"]).replace(" ", "")
+        assert words.replace(" ", "").startswith(together)
+        assert record["prompt"]
+        assert record["continuation"]
     assert [record["reward"] for record in whole_texts(texts, make_tokenizer())] == [[-1.0], [0.0]]
 
 
