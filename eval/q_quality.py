@@ -12,7 +12,8 @@ import sys
 import torch
 
 from rectify.command_line import Parser, execute
-from rectify.evaluation.q_quality import SPLITS, QQuality, QualitySettings, markdown_tables, write_report
+from rectify.evaluation.q_quality import SPLITS, QQuality, QualitySettings, write_report
+from rectify.evaluation.q_quality_display import markdown_tables
 
 
 def make_parser() -> Parser:

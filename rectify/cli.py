@@ -7,7 +7,7 @@ import sys
 VERBS = {
     "generate": "continue prompts with a language model, as it is or rectified",
     "build": "make training data: trajectories of the Q network",
-    "train": "train a toxicity classifier",
+    "train": "train a Q network, a toxicity classifier, or a table of token risks",
     "import": "turn a checkpoint of the published system into a Q network",
 }
 

@@ -19,13 +19,13 @@ from rectify.evaluation.q_quality import (
     QualitySettings,
     first_token,
     last_risks,
-    markdown_tables,
     of_split,
     read_pairs,
     read_perspective,
     text_risks,
     write_report,
 )
+from rectify.evaluation.q_quality_display import markdown_tables
 from rectify.pocket.texts import split_of
 from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
 from rectify.training.q_metrics import value_metrics

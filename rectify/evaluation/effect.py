@@ -128,7 +128,7 @@ class Effect:
         names = ("model", "q", "static")
         modules = (self.model, self.risk_models.get("q"), self.risk_models.get("static"))
         self.names = {
-            name: f"{getattr(settings, name)} ({_weights_digest(module)})" if isinstance(module, nn.Module) else None
+            name: f"{getattr(settings, name)} ({weights_digest(module)})" if isinstance(module, nn.Module) else None
             for name, module in zip(names, modules, strict=True)
         }
         self.left_out = {"prompts": len(unusable), "clean_texts": len(clean_texts(scored)) - len(self.clean)}
@@ -297,7 +297,7 @@ def _size(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _weights_digest(module: nn.Module) -> str:
+def weights_digest(module: nn.Module) -> str:
     """What tells weights apart wherever they come from: the start of the SHA-256 of all of them."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():

@@ -26,7 +26,7 @@ from rectify.builders.trajectories import build_trajectories
 from rectify.command_line import say
 from rectify.detectors.classifier import ToxicityClassifier, pad
 from rectify.errors import InvalidArgumentError, PromptError
-from rectify.evaluation.effect import _weights_digest
+from rectify.evaluation.effect import weights_digest
 from rectify.evaluation.toxicity_prompts import TOXIC
 from rectify.generation.prompts import read_prompts_file
 from rectify.hub import load_language_model
@@ -170,7 +170,7 @@ class QQuality:
 
     def _described(self) -> dict[str, Any]:
         modules: dict[str, Any] = {"model": self.model, **self.risk_models}
-        names = {name: f"{getattr(self.settings, name)} ({_weights_digest(modules[name])})" for name in modules}
+        names = {name: f"{getattr(self.settings, name)} ({weights_digest(modules[name])})" for name in modules}
         versions = {"rectify": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
         return asdict(self.settings) | names | versions
 
@@ -200,7 +200,7 @@ class QQuality:
         )
         # names alone would let a folder's rollouts pass for those of weights that have changed since
         modules = {"model": self.model, "reward_model": classifier}
-        origin = {name: f"{getattr(given, name)} ({_weights_digest(module)})" for name, module in modules.items()}
+        origin = {name: f"{getattr(given, name)} ({weights_digest(module)})" for name, module in modules.items()}
         kept = nullcontext(given.rollout_dir) if given.rollout_dir is not None else None
         place: AbstractContextManager[str] = kept or tempfile.TemporaryDirectory()
         with place as folder:
@@ -436,63 +436,3 @@ def write_report(report: dict[str, Any], path: str | Path) -> None:
         raise InvalidArgumentError(
             f"output {str(path)!r} cannot be written ({error.strerror or error}): give another file"
         ) from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# For people
-
-_RISKS = {"q": "Q network", "static": "token risks"}
-_TEXTS = {
-    "rollouts": "rollouts",
-    "labelled_texts": "labelled texts",
-    "realtoxicityprompts": "RealToxicityPrompts",
-}
-_COLUMNS = {
-    "n": ("texts", ".0f"),
-    "toxic": ("toxic_share", ".3f"),
-    **{f"AUC at {percent} %": (f"auc_{percent}", ".4f") for percent in FRACTIONS},
-    "AUC of all positions": ("auc_all_positions", ".4f"),
-    "Brier": ("brier", ".4f"),
-    "of the constant": ("brier_constant", ".4f"),
-    "ECE": ("calibration_error", ".4f"),
-}
-
-
-def markdown_tables(report: dict[str, Any]) -> str:
-    """The figures of a report: a table of the texts and one of the pairs, each with what was left out."""
-    settings = report["settings"]
-    lines = [f"Q network {settings['q']}, language model {settings['model']}"]
-    texts = [name for name in _TEXTS if name in report]
-    if texts:
-        rows = [
-            [_TEXTS[name], _RISKS[risk], *(_number(figures.get(key), form) for key, form in _COLUMNS.values())]
-            for name in texts
-            for risk, figures in report[name]["figures"].items()
-        ]
-        lines += ["", *_table(["texts", "risk", *_COLUMNS], rows)]
-        lines += ["", *(f"{_TEXTS[name]}: {_counts(report[name])}" for name in texts)]
-    if "pairs" in report:
-        figures = report["pairs"]["figures"]
-        header = [f"{group.replace('_', ' ')} ({one['pairs']})" for group, one in figures["q"].items()]
-        rows = [[_RISKS[risk], *(_accuracy(one) for one in groups.values())] for risk, groups in figures.items()]
-        lines += ["", *_table(["pairs", *header], rows)]
-        lines += ["", f"pairs: {_counts(report['pairs'])}; the risk of a word is that of its first token,"]
-        lines += ["and a table of token risks gets 0.5 by definition"]
-    return "\n".join(lines) + "\n"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _accuracy(one: dict[str, Any]) -> str:
-    error = one["standard_error"]
-    return _number(one["accuracy"], ".3f") + (f" ± {error:.3f}" if error is not None else "")
-
-
-def _counts(part: dict[str, Any]) -> str:
-    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in part["counts"].items())
