@@ -110,13 +110,17 @@ def test_columns_are_given_once_or_once_a_file():
         one_a_file("text_column", ["a", "b"], 3)
 
 
+def text_of(row):
+    return row.text
+
+
 def test_the_split_depends_on_the_text_alone():
     rows = [LabelledText(f"t{index % 150}", index % 2) for index in range(200)]
-    train, held = split_by_hash(rows, 0.2)
+    train, held = split_by_hash(rows, 0.2, text_of)
     assert sorted(train + held) == sorted(rows)
     assert 0.1 < len(held) / len(rows) < 0.3
     assert not {row.text for row in train} & {row.text for row in held}
-    assert split_by_hash(rows[::-1], 0.2) == (train[::-1], held[::-1])
+    assert split_by_hash(rows[::-1], 0.2, text_of) == (train[::-1], held[::-1])
     for share in (0, 1, -0.1, math.nan):
         with pytest.raises(InvalidArgumentError, match="validation_share"):
-            split_by_hash(rows, share)
+            split_by_hash(rows, share, text_of)

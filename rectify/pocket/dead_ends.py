@@ -25,7 +25,6 @@ def train_pocket_q(
     output: Path,
     epochs: float,
     seed: int,
-    loss: LossArguments | None = None,
 ) -> None:
     """Train on trajectory files, recalibrate on validation rollouts, and save in bfloat16 under `output`.
 
@@ -39,7 +38,7 @@ def train_pocket_q(
             DataArguments(
                 train_file=[str(path) for path in train], validation_file=held, calibration_file=held, block_size=256
             ),
-            loss or LossArguments(),
+            LossArguments(),
             training_arguments(
                 work,
                 seed=seed,

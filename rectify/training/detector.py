@@ -25,6 +25,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from rectify.detectors.classifier import ToxicityClassifier, pad
 from rectify.errors import InvalidArgumentError, RectifyError
+from rectify.generation.output import write_json
 from rectify.training.running import checkpoint_to_resume
 from rectify.training.trainer import AdapterTrainer, use_fast_attention
 
@@ -127,7 +128,7 @@ def train_detector(
         folder = Path(str(arguments.output_dir))
         classifier.save_pretrained(folder)
         # the last file, as it says that the training is finished
-        (folder / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / RESULTS_FILE, results)
     return classifier.eval()
 
 

@@ -61,7 +61,7 @@ class DetectorFiles:
         train, held = ([row for row in rows if row.text.strip()] for rows in (train, held))
         blank = count - len(train) - len(held)
         if not self.validation_files:
-            train, held = split_by_hash(train, self.validation_share)
+            train, held = split_by_hash(train, self.validation_share, lambda row: row.text)
         return train, held, blank
 
 

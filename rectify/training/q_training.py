@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +20,10 @@ from transformers import (
 )
 
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.generation.output import write_json
 from rectify.hub import load_language_model, model_place
 from rectify.q_network import CONFIG_FILE, DeadEndQNetwork
+from rectify.text_files import split_by_hash
 from rectify.training.plots import plot_training
 from rectify.training.q_arguments import DataArguments, LossArguments, ModelArguments
 from rectify.training.q_calibration import recalibrate
@@ -102,7 +102,7 @@ def train_q_network(
         network.config.training = {**settings, "seed": arguments.seed, **figures}
         if plot_training(trainer.state.log_history, risks, toxic, folder / "training.png"):
             logger.info("curves: %s", folder / "training.png")
-        (folder / RESULTS_FILE).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / RESULTS_FILE, figures)
         network.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
     return figures
@@ -128,15 +128,8 @@ def _splits(data: DataArguments) -> tuple[list[Trajectory], list[Trajectory]]:
     everything = read_trajectories(data.train_file)
     if data.validation_file:
         return everything, read_trajectories(data.validation_file)
-    held: list[bool] = []
-    for trajectory in everything:
-        digest = hashlib.sha256((trajectory.prompt or trajectory.continuation).encode()).digest()
-        held.append(int.from_bytes(digest[:8]) / 2**64 < data.validation_split_percentage / 100)
-    return _where(everything, held, False), _where(everything, held, True)
-
-
-def _where(items: Sequence[Trajectory], held: Sequence[bool], wanted: bool) -> list[Trajectory]:
-    return [item for item, is_held in zip(items, held, strict=True) if is_held == wanted]
+    share = data.validation_split_percentage / 100
+    return split_by_hash(everything, share, lambda trajectory: trajectory.prompt or trajectory.continuation)
 
 
 def _load_trunk(model: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from rectify.errors import InvalidArgumentError
+from rectify.generation.output import write_json
 
 SETTINGS_FILE = "run_settings.json"
 
@@ -71,9 +71,7 @@ def checkpoint_to_resume(arguments: TrainingArguments, finished: str, **settings
             )
     if arguments.should_save:
         folder.mkdir(parents=True, exist_ok=True)
-        fresh = beside.with_name(beside.name + ".tmp")
-        fresh.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(fresh, beside)
+        write_json(beside, wanted)
     return arguments.resume_from_checkpoint or checkpoint
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from rectify.command_line import Parser, execute, say
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
@@ -35,6 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     place = model_place(arguments.model_name_or_path)
     try:
+        config = AutoConfig.from_pretrained(place)
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -43,12 +42,11 @@ def run(arguments: argparse.Namespace) -> None:
     data = TrajectoryDataset(read_trajectories(arguments.train_file), tokenizer, arguments.block_size)
     if not len(data):
         raise InvalidArgumentError("no trajectory has a token to learn from: give other files")
-    config = json.loads((Path(place) / "config.json").read_text(encoding="utf-8")) if Path(place).is_dir() else {}
     table = StaticTokenRisk.fit(
         [item["input_ids"] for item in data.items],
         [item["start"] for item in data.items],
         [item["reward"] for item in data.items],
-        config.get("vocab_size", len(tokenizer)),
+        config.get_text_config().vocab_size,
         Fingerprint.of(tokenizer),
         prior=arguments.prior,
     )
