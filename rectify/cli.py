@@ -8,6 +8,8 @@ VERBS = {
     "generate": "continue prompts with a language model, as it is or rectified",
     "build": "make training data: trajectories of the Q network",
     "train": "train a Q network, a toxicity classifier, or a table of token risks",
+    "score": "score the texts of files, by a local scorer or the Perspective API",
+    "serve": "a local server in place of the Perspective API",
     "import": "turn a checkpoint of the published system into a Q network",
 }
 
@@ -30,6 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         from rectify.builders.command import main as verb
     elif argv[0] == "train":
         from rectify.training.command import main as verb
+    elif argv[0] == "score":
+        from rectify.scoring.score_command import main as verb
+    elif argv[0] == "serve":
+        from rectify.scoring.serve_command import main as verb
     elif argv[0] == "import":
         from rectify.published import main as verb
     else:

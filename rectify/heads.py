@@ -13,7 +13,8 @@ class LowRankHead(nn.Module):
     """`−Q(s,a) = σ(P z · E[a] + b[a] + v(z))` with `z` a normalised hidden state after a small residual MLP.
 
     `E` is `[V, rank]` and starts from the trunk's token embeddings; `P` and `v` start at zero, so that every value
-    starts at `−base_rate`. GPT-2's vocabulary at rank 64 costs 3.3 M parameters; the published head has 78 M.
+    starts at `−base_rate`, or at a risk of its token's own. GPT-2's vocabulary at rank 64 costs 3.3 M parameters; the
+    published head has 78 M.
 
     Args:
         hidden_size: width of the trunk.
@@ -48,6 +49,14 @@ class LowRankHead(nn.Module):
         factors = centred @ axes
         self.tokens.weight.zero_()
         self.tokens.weight[:, : factors.shape[-1]] = factors / factors.square().mean().sqrt().clamp_min(1e-12)
+
+    @torch.no_grad()
+    def start_from_token_risks(self, risks: Tensor) -> None:
+        """Set the token biases so that the values start at the `[V]` context-free risks, each in (0, 1).
+
+        A rare token is met in too few steps for its bias to get far from 0.
+        """
+        self.tokens.bias.copy_(risks.double().logit() - self.value.bias.double())
 
     @torch.no_grad()
     def rescale(self, scale: float, shift: float) -> None:

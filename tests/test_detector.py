@@ -321,6 +321,31 @@ def test_soft_labels_are_learnt(backbones, tmp_path):
     assert classifier.probabilities(["t5 t6", "t7 t8"]) == pytest.approx([0.8, 0.3], abs=0.05)
 
 
+def test_several_labels_are_learnt_and_unknown_ones_left_out(backbones, tmp_path):
+    unknown = float("nan")
+    texts = [("t5 t6", (0.8, 0.1)), ("t7 t8", (0.3, unknown)), ("t9 t4", (unknown, 0.9))] * 40
+    few = arguments(tmp_path, save_strategy="no", num_train_epochs=5)
+    classifier = train_detector(settings(backbones), few, texts, texts[:3], labels=("toxic", "rude"))
+    found = classifier.label_probabilities(["t5 t6", "t7 t8", "t9 t4"])
+    assert found[:2, 0] == pytest.approx([0.8, 0.3], abs=0.05)
+    assert found[::2, 1] == pytest.approx([0.1, 0.9], abs=0.05)
+    assert classifier.config.training["validation"]["rude/n"] == 2
+    again = ToxicityClassifier.from_pretrained(tmp_path)
+    assert again.label_probabilities(["t5 t6"]) == pytest.approx(found[:1], abs=1e-6)
+    assert again.probabilities(["t5 t6", ""]) == pytest.approx([found[0, 0], unknown], abs=1e-6, nan_ok=True)
+
+
+def test_calibration_bends_the_probabilities_of_its_label(make_classifier):
+    classifier = make_classifier(labels=("toxic", "rude"))
+    texts = ["t5 t6", "t7", "t8 t9 t4"]
+    before = classifier.label_probabilities(texts)
+    classifier.config.calibration["rude"] = [[0.0, 0.5, 1.0], [0.0, 0.1, 1.0]]
+    after = classifier.label_probabilities(texts)
+    classifier.config.calibration.clear()
+    assert (after[:, 0] == before[:, 0]).all()
+    assert after[:, 1] == pytest.approx(np.interp(before[:, 1], [0, 0.5, 1], [0, 0.1, 1]))
+
+
 @pytest.mark.parametrize("step", [7, 14])
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(backbones, trained, tmp_path, step):
     given = settings(backbones, lora_dropout=0.1)

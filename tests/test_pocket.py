@@ -8,7 +8,7 @@ import numpy as np
 from rectify import DeadEndQNetwork, checkpoint_folder, load_language_model, token_risks
 from rectify.detectors import ToxicityClassifier
 from rectify.hub import POCKET
-from rectify.pocket.reward_model import labelled_rows
+from rectify.pocket.reward_model import WordToxicity, labelled_rows
 from rectify.pocket.texts import LabelledText, read_fragments, read_texts, split_of
 from rectify.pocket.trajectories import cut_texts, whole_texts
 
@@ -72,24 +72,41 @@ def test_fragments_are_toxic_where_people_marked_them(tmp_path):
     assert all(split_of(f"number {n} is a nice day and you are a stupid person who talks") == "train" for n in numbers)
 
 
-def test_harmless_texts_are_cut_into_pieces_and_toxic_ones_stay_whole():
-    long = " ".join(f"w{i}" for i in range(200))
-    texts = [
-        LabelledText(long, False, "a", "train"),
-        LabelledText("t " + long, True, "a", "train"),
-        LabelledText(long, None, "a", "train"),
-        LabelledText("v " + long, False, "a", "validation"),
+def labelled(count: int) -> list[LabelledText]:
+    return [
+        LabelledText(f"you are a {'stupid' if n % 2 else 'kind'} person number x{n % 7}", bool(n % 2), "a", "train")
+        for n in range(count)
     ]
-    train, validation = labelled_rows(texts, [LabelledText("piece", True, "b", "train")], 0)
+
+
+def test_the_label_of_comments_is_spread_over_their_words():
+    words = WordToxicity(labelled(200))
+    stupid, kind, both, neither = words(["stupid", "kind", "stupid and kind", "person"])
+    assert stupid > 0.9
+    assert kind < 0.1
+    assert 0.3 < both < 0.7
+    assert 0.3 < neither < 0.7
+
+
+def test_the_reward_model_learns_from_whole_texts_and_from_pieces():
+    long = "nobody labelled this stupid text " * 20
+    texts = [
+        *labelled(200),
+        LabelledText(long, None, "b", "train"),
+        LabelledText("one-sided", True, "jigsaw_toxic_only", "train"),
+        LabelledText("v", False, "a", "validation"),
+    ]
+    train, validation = labelled_rows(texts, [LabelledText("piece", True, "toxic_spans", "train")], 0)
     assert ("piece", 1.0) in train
-    assert ("t " + long, 1.0) in train
-    harmless = [text for text, label in train if label == 0]
-    assert harmless
-    assert all(text in long and len(text.split()) <= 25 for text in harmless)
-    assert validation == [("v " + long, 0.0)]
+    assert train[0] == (texts[0].text, 0.0)
+    assert ("one-sided", 1.0) not in train
+    pieces = [(text, label) for text, label in train if "nobody" in text]
+    assert len(pieces) > 3
+    assert all(text in long and len(text.split()) <= 25 and label > 0.9 for text, label in pieces)
+    assert validation == [("v", 0.0)]
 
 
-def test_a_cut_text_is_as_toxic_as_its_label_and_its_continuation(make_tokenizer):
+def test_a_cut_text_is_as_toxic_as_its_label_and_its_continuation(make_tokenizer, monkeypatch):
     words = " ".join(f"t{i}" for i in range(30, 90))
     texts = [LabelledText(words, label, "a", "train") for label in (True, False, None)]
 
@@ -97,6 +114,7 @@ def test_a_cut_text_is_as_toxic_as_its_label_and_its_continuation(make_tokenizer
         assert len(continuations) == 2  # nobody labelled the third
         return np.full(len(continuations), 0.75)
 
+    monkeypatch.setattr("rectify.pocket.trajectories.CUT_SHARE", 1)
     records = list(cut_texts(texts, make_tokenizer(), score, 0))
     assert [record["reward"] for record in records] == [[-0.75], [0]]
     for record in records:
@@ -104,7 +122,12 @@ def test_a_cut_text_is_as_toxic_as_its_label_and_its_continuation(make_tokenizer
         assert words.replace(" ", "").startswith(together)
         assert record["prompt"]
         assert record["continuation"]
-    assert [record["reward"] for record in whole_texts(texts, make_tokenizer())] == [[-1.0], [0.0]]
+
+
+def test_comments_are_kept_whole_with_their_label():
+    comments = "jigsaw_10k_airdecoding"
+    texts = [LabelledText("a", True, comments, "train"), LabelledText("b", False, comments, "train"), *labelled(2)]
+    assert [(record["text"], record["reward"]) for record in whole_texts(texts)] == [("a", [-1.0]), ("b", [0.0])]
 
 
 def test_the_reward_model_tells_an_insult_from_small_talk():

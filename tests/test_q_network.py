@@ -76,6 +76,14 @@ def test_every_value_starts_at_the_base_rate(make_model, kind, mlp_size, base_ra
     assert q_network.head.tokens.weight.std() > 0.5
 
 
+def test_values_can_start_at_a_table_of_risks(make_model):
+    q_network = DeadEndQNetwork.from_trunk(make_model(KINDS[0]), rank=16, mlp_size=24, base_rate=0.3).eval()
+    risks = torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(0)).clamp(1e-3, 1 - 1e-3)
+    q_network.head.start_from_token_risks(risks)
+    q = q_network(torch.randint(0, VOCABULARY, (2, 5)))
+    torch.testing.assert_close(q, -risks.expand_as(q), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("mlp_size", [0, 24])
 def test_values_of_chosen_tokens_are_those_of_all_tokens(make_model, mlp_size):
     q_network = DeadEndQNetwork.from_trunk(make_model(), rank=16, mlp_size=mlp_size).eval()

@@ -1,4 +1,4 @@
-"""The toxicity classifier: a backbone, a LoRA adapter, and a head of one logit, `P(toxic | text)`."""
+"""The toxicity classifier: a backbone, a LoRA adapter, and a head of one logit a label, `P(label | text)`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class DetectorConfig:
         base_model: Hub id, folder or bundled name of the frozen backbone, whose tokenizer is used.
         base_revision: revision of `base_model` on the Hub.
         max_length: tokens of a text that are read, from its start.
-        labels: what the one logit stands for.
+        labels: what each logit stands for.
+        calibration: for a label, the knots `[probabilities, calibrated ones]` of a piecewise linear map.
         training: free-form record of how the weights came to be.
         format_version: of the folder's files.
     """
@@ -45,14 +46,15 @@ class DetectorConfig:
     base_revision: str | None = None
     max_length: int = 256
     labels: list[str] = field(default_factory=lambda: ["toxic"])
+    calibration: dict[str, list[list[float]]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if self.max_length < 1:
             raise InvalidArgumentError(f"max_length is {self.max_length}: give 1 or more")
-        if len(self.labels) != 1:
-            raise InvalidArgumentError(f"labels is {self.labels!r}: give one, as the classifier has one logit")
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise InvalidArgumentError(f"labels is {self.labels!r}: give one or more, each once")
         if self.format_version > FORMAT_VERSION:
             raise InvalidArgumentError(
                 f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
@@ -98,6 +100,7 @@ class ToxicityClassifier(nn.Module):
         name: str,
         *,
         revision: str | None = None,
+        labels: Sequence[str] = ("toxic",),
         max_length: int = 256,
         lora_r: int = 8,
         lora_alpha: int = 16,
@@ -109,7 +112,7 @@ class ToxicityClassifier(nn.Module):
         Args:
             name: folder, `"pocket"` or Hub id of a model and its tokenizer.
             revision: of a Hub id.
-            max_length: see `DetectorConfig`.
+            labels, max_length: see `DetectorConfig`.
             lora_r, lora_alpha, lora_dropout: rank, scale and dropout of the adapter.
             target_modules: names of the modules that are adapted; `"all-linear"` for all linear ones but the head.
 
@@ -117,7 +120,7 @@ class ToxicityClassifier(nn.Module):
             CheckpointError: nothing usable is there.
             InvalidArgumentError: a setting is out of range, or the backbone is an encoder-decoder.
         """
-        config = DetectorConfig(base_model=name, base_revision=revision, max_length=max_length)
+        config = DetectorConfig(base_model=name, base_revision=revision, max_length=max_length, labels=list(labels))
         inner, tokenizer, fresh = _load_backbone(config, torch.float32)
         try:
             adapter = LoraConfig(
@@ -226,14 +229,14 @@ class ToxicityClassifier(nn.Module):
         return [ids if len(ids) > self._special_tokens else [] for ids in cast(list[list[int]], encoded)]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The logit of each text.
+        """The logits of each text.
 
         Args:
             input_ids: `[B, T]` int64.
             attention_mask: `[B, T]`, 0 at padding, on whichever side; every row holds a 1.
 
         Returns:
-            `[B]` float32.
+            `[B, L]` float32, one for each of `config.labels`.
         """
         # all padding goes to the right, so that its side changes nothing, whatever the backbone makes of positions
         order = attention_mask.argsort(dim=-1, descending=True, stable=True)
@@ -241,15 +244,22 @@ class ToxicityClassifier(nn.Module):
         ids = input_ids.gather(-1, order).masked_fill(mask == 0, self.tokenizer.pad_token_id or 0)
         inner = cast(Any, self.model.get_base_model())
         if not self._causal:
-            return inner(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1)
+            return inner(input_ids=ids, attention_mask=mask).logits.float()
         # transformers pools a causal model at the last token that is not the padding token, which a text may end with
         hidden = inner.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
         last = mask.sum(-1) - 1
-        return inner.score(hidden[torch.arange(len(hidden), device=last.device), last]).float().squeeze(-1)
+        return inner.score(hidden[torch.arange(len(hidden), device=last.device), last]).float()
+
+    def probabilities(self, texts: Sequence[str], batch_size: int = 64, progress: bool = False) -> np.ndarray:
+        """How probably each text has the first label, which is the only one in most classifiers: `[N]` float32.
+
+        See `label_probabilities`.
+        """
+        return self.label_probabilities(texts, batch_size, progress)[:, 0]
 
     @torch.inference_mode()
-    def probabilities(self, texts: Sequence[str], batch_size: int = 64, progress: bool = False) -> np.ndarray:
-        """How probably each text is toxic.
+    def label_probabilities(self, texts: Sequence[str], batch_size: int = 64, progress: bool = False) -> np.ndarray:
+        """How probably each text has each label.
 
         Args:
             texts: of any length; the first `max_length` tokens count.
@@ -257,7 +267,7 @@ class ToxicityClassifier(nn.Module):
             progress: show a progress bar.
 
         Returns:
-            `[N]` float32 in [0, 1], in the order of the texts; NaN where a text yields no token.
+            `[N, L]` float32 in [0, 1], in the order of the texts; NaN where a text yields no token.
 
         Raises:
             InvalidArgumentError: `batch_size` is below 1, or a text is not a string, or no valid Unicode.
@@ -265,7 +275,7 @@ class ToxicityClassifier(nn.Module):
         if batch_size < 1:
             raise InvalidArgumentError(f"batch_size is {batch_size}: give 1 or more")
         encoded = self.encode(texts)
-        result = np.full(len(encoded), np.nan, dtype=np.float32)
+        result = np.full((len(encoded), len(self.config.labels)), np.nan, dtype=np.float32)
         # the longest first: what does not fit into memory fails at once
         order = sorted((i for i, ids in enumerate(encoded) if ids), key=lambda i: -len(encoded[i]))
         training = self.training
@@ -278,6 +288,10 @@ class ToxicityClassifier(nn.Module):
                 result[places] = logits.sigmoid().cpu().numpy()
                 bar.update(len(places))
         self.train(training)
+        for place, label in enumerate(self.config.labels):
+            if label in self.config.calibration:
+                knots, calibrated = self.config.calibration[label]
+                result[:, place] = np.interp(result[:, place], knots, calibrated)
         return result
 
 
@@ -302,6 +316,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
+            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")  # a bundled name
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
@@ -320,7 +335,7 @@ def _load_backbone(
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 place,
                 revision=revision,
-                num_labels=1,
+                num_labels=len(config.labels),
                 dtype=dtype,
                 ignore_mismatched_sizes=True,  # the head of a classifier of more labels is no part of the backbone
                 output_loading_info=True,

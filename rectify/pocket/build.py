@@ -29,14 +29,14 @@ def build_data(texts: list[LabelledText], output: Path, rollouts: int, seed: int
     score = partial(rewards, ToxicityClassifier.from_pretrained(output / "reward.work"))
     train = [text for text in texts if text.split == "train"]
     validation = [text for text in texts if text.split == "validation"]
-    held = roll_out(validation, model, tokenizer, score, rollouts // 8, output / "validation", seed + 1)
+    held = roll_out(validation, model, tokenizer, score, rollouts // 16, output / "validation", seed + 1)
     files = roll_out(train, model, tokenizer, score, rollouts, output / "train", seed + 2)
     cut, whole = output / "train" / "cut.jsonl", output / "train" / "whole.jsonl"
     if not cut.exists():
         write(cut_texts(train, tokenizer, score, seed), cut)
     if not whole.exists():
-        write(whole_texts(train, tokenizer), whole)
-    return [*files, cut, whole], held
+        write(whole_texts(train), whole)
+    return [*files, cut, whole, whole], held  # few comments among many rollouts
 
 
 def main() -> None:
@@ -46,8 +46,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the models and the checkpoints")
     parser.add_argument("--epochs", type=float, default=3.5, help="of the language model (default: %(default)s)")
     parser.add_argument("--reward_epochs", type=float, default=1.0, help="of the reward model (default: %(default)s)")
-    parser.add_argument("--q_epochs", type=float, default=1.5, help="of the Q network (default: %(default)s)")
-    parser.add_argument("--rollouts", type=int, default=48_000, help="sampled continuations (default: %(default)s)")
+    parser.add_argument("--q_epochs", type=float, default=2.0, help="of the Q network (default: %(default)s)")
+    parser.add_argument("--rollouts", type=int, default=96_000, help="sampled continuations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -57,7 +57,7 @@ def main() -> None:
     if not (output / "lm" / "tokenizer.json").exists():
         train_language_model(texts, output / "lm", arguments.epochs, arguments.seed)
     if not (output / "reward" / "detector_config.json").exists():
-        rows = labelled_rows(texts, read_fragments(arguments.data), arguments.seed)
+        rows = labelled_rows(texts, list(read_fragments(arguments.data)), arguments.seed)
         train_reward_model(output / "lm", *rows, output / "reward", arguments.reward_epochs, arguments.seed)
     if not (output / "q" / "q_config.json").exists():
         files, held = build_data(texts, output, arguments.rollouts, arguments.seed)

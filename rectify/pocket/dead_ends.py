@@ -38,7 +38,7 @@ def train_pocket_q(
             DataArguments(
                 train_file=[str(path) for path in train], validation_file=held, calibration_file=held, block_size=256
             ),
-            LossArguments(),
+            LossArguments(td_lambda=0.9),
             training_arguments(
                 work,
                 seed=seed,

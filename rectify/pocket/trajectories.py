@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 PROMPT_TOKENS = (5, 12, 20)
 LONGEST_PROMPT = 20
 LONGEST_CONTINUATION = 30
-LONG_TEXT = 40  # tokens
+CUT_SHARE = 0.25
 _COMMENTS = "jigsaw_10k_airdecoding"
 
 Score = Callable[[Sequence[str]], np.ndarray]
@@ -60,11 +60,14 @@ def roll_out(
 def cut_texts(
     texts: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase, score: Score, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Each labelled text cut at a random place; a continuation is toxic if the text is and the reward model says so."""
+    """Labelled texts cut at a random place; a continuation is toxic if the text is and the reward model says so.
+
+    A share of them: with more, values follow what people write where the model would go on otherwise.
+    """
     rng = np.random.default_rng(seed)
     records: list[dict[str, Any]] = []
     labels = []
-    known = [text for text in texts if text.toxic is not None]
+    known = [text for text in texts if text.toxic is not None and rng.random() < CUT_SHARE]
     encoded = tokenizer([text.text for text in known], verbose=False)["input_ids"]
     for text, whole in zip(known, encoded, strict=True):
         ids = whole[: LONGEST_PROMPT + LONGEST_CONTINUATION]
@@ -80,12 +83,10 @@ def cut_texts(
             yield {**record, "reward": [-round(float(p), 4) * label]}
 
 
-def whole_texts(texts: Sequence[LabelledText], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """Long labelled texts, and the comments that finished texts are measured on, with their label as reward."""
-    known = [text for text in texts if text.toxic is not None]
-    lengths = map(len, tokenizer([text.text for text in known], verbose=False)["input_ids"])
-    for text, length in zip(known, lengths, strict=True):
-        if length > LONG_TEXT or text.source == _COMMENTS:
+def whole_texts(texts: Sequence[LabelledText]) -> Iterator[dict[str, Any]]:
+    """The comments whose kind finished texts are measured on, with their label as reward."""
+    for text in texts:
+        if text.source == _COMMENTS:
             yield {"text": text.text, "reward": [-float(bool(text.toxic))]}
 
 

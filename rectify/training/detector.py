@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,8 @@ from rectify.training.running import checkpoint_to_resume
 from rectify.training.trainer import AdapterTrainer, use_fast_attention
 
 RESULTS_FILE = "all_results.json"
+
+Row = tuple[str, float] | tuple[str, Sequence[float]]
 
 
 @dataclass
@@ -57,9 +60,10 @@ class DetectorSettings:
 def train_detector(
     settings: DetectorSettings,
     arguments: TrainingArguments,
-    train: Sequence[tuple[str, float]],
-    validation: Sequence[tuple[str, float]],
+    train: Sequence[Row],
+    validation: Sequence[Row],
     callbacks: Sequence[TrainerCallback] = (),
+    labels: Sequence[str] = ("toxic",),
 ) -> ToxicityClassifier:
     """Train a classifier and save it in `arguments.output_dir`; killed, the same call goes on from its checkpoint.
 
@@ -69,8 +73,10 @@ def train_detector(
     Args:
         settings: what is trained.
         arguments: how, for `transformers.Trainer`; `train_sampling_strategy` may be `"group_by_length"`.
-        train, validation: texts, and their labels from 0 (clean) to 1 (toxic).
+        train, validation: texts, and their labels from 0 (clean) to 1 (toxic): a number, or one for each of `labels`,
+            NaN where it is not known.
         callbacks: of the Trainer.
+        labels: what the classifier's logits stand for.
 
     Returns:
         The classifier, in evaluation mode, on the device that it was trained on.
@@ -81,7 +87,9 @@ def train_detector(
         RectifyError: scikit-learn is not installed.
     """
     _scikit_learn()  # missing, it is to be missed now and not after the training
-    rows = [[(text, float(label)) for text, label in part] for part in (train, validation)]
+    rows = [
+        [(text, np.atleast_1d(label).astype(float).tolist()) for text, label in part] for part in (train, validation)
+    ]
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     callbacks = [*callbacks, *_early_stopping(settings, arguments)]
     checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **asdict(settings), texts_sha256=digest)
@@ -90,6 +98,7 @@ def train_detector(
     classifier = ToxicityClassifier.from_backbone(
         settings.model_name_or_path,
         revision=settings.model_revision,
+        labels=labels,
         max_length=settings.max_length,
         lora_r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
@@ -107,12 +116,12 @@ def train_detector(
         train_dataset=data,
         eval_dataset=held,
         data_collator=collate,
-        compute_metrics=_compute_metrics,
+        compute_metrics=partial(_compute_metrics, labels),
         callbacks=list(callbacks),
     )
     results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     results |= trainer.evaluate()
-    figures = {name: results[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in results}
+    figures = {name: results[f"eval_{name}"] for name in _names(labels) if f"eval_{name}" in results}
     classifier.config.training = {
         **{name: value for name, value in asdict(settings).items() if name.startswith(("lora", "target"))},
         "texts": len(data),
@@ -135,7 +144,7 @@ def train_detector(
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
-FIGURES = ("n", "toxic_share", "auc", "average_precision", "accuracy", "f1", "brier", "brier_constant")
+FIGURES = ("n", "toxic_share", "auc", "average_precision", "accuracy", "f1", "brier", "brier_constant", "pearson")
 
 
 def validation_figures(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
@@ -147,7 +156,8 @@ def validation_figures(probability: np.ndarray, label: np.ndarray) -> dict[str, 
 
     Returns:
         `n`, `toxic_share`, `auc` and `average_precision` (left out where all texts count alike), `accuracy` and `f1`
-        at 0.5, `brier` against the labels as they are, and `brier_constant`, that of their mean.
+        at 0.5, `brier` against the labels as they are, `brier_constant`, that of their mean, and, where labels are
+        soft, their correlation `pearson`.
     """
     metrics = _scikit_learn()
     probability, label = probability.astype(np.float64), label.astype(np.float64)
@@ -160,12 +170,27 @@ def validation_figures(probability: np.ndarray, label: np.ndarray) -> dict[str, 
     figures["f1"] = float(metrics.f1_score(toxic, said, zero_division=0.0))
     figures["brier"] = float(np.mean((probability - label) ** 2))
     figures["brier_constant"] = float(np.var(label))
+    if ((label > 0) & (label < 1)).any() and np.std(label) > 0 and np.std(probability) > 0:
+        figures["pearson"] = float(np.corrcoef(probability, label)[0, 1])
     return figures
 
 
-def _compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    logits = torch.as_tensor(np.asarray(prediction.predictions))
-    return validation_figures(logits.double().sigmoid().numpy(), np.asarray(prediction.label_ids))
+def _names(labels: Sequence[str]) -> list[str]:
+    """Of the figures; those of several labels begin with the label."""
+    return [name if len(labels) == 1 else f"{label}/{name}" for label in labels for name in FIGURES]
+
+
+def _compute_metrics(labels: Sequence[str], prediction: EvalPrediction) -> dict[str, float]:
+    """`validation_figures` of each label, in the form that `transformers.Trainer` calls."""
+    probabilities = torch.as_tensor(np.asarray(prediction.predictions)).double().sigmoid().numpy()
+    truth = np.asarray(prediction.label_ids)
+    figures: dict[str, float] = {}
+    for place, label in enumerate(labels):
+        known = ~np.isnan(truth[:, place])
+        if known.any():
+            found = validation_figures(probabilities[known, place], truth[known, place])
+            figures |= {name if len(labels) == 1 else f"{label}/{name}": value for name, value in found.items()}
+    return figures
 
 
 def _scikit_learn() -> Any:
@@ -187,13 +212,17 @@ class EncodedTexts(Dataset):
         InvalidArgumentError: a label is out of range, or no text is left.
     """
 
-    def __init__(self, classifier: ToxicityClassifier, rows: Sequence[tuple[str, float]], name: str) -> None:
-        for index, (_, label) in enumerate(rows):
-            if not 0 <= label <= 1:
-                raise InvalidArgumentError(f"{name}[{index}] has the label {label}: give a number from 0 to 1")
+    def __init__(self, classifier: ToxicityClassifier, rows: Sequence[tuple[str, list[float]]], name: str) -> None:
+        width = len(classifier.config.labels)
+        for index, (_, labels) in enumerate(rows):
+            if len(labels) != width:
+                raise InvalidArgumentError(f"{name}[{index}] has {len(labels)} labels: give {width}")
+            for label in labels:
+                if not (0 <= label <= 1 or (label != label and width > 1)):
+                    raise InvalidArgumentError(f"{name}[{index}] has the label {label}: give a number from 0 to 1")
         encoded = classifier.encode([text for text, _ in rows])
         self.items: list[dict[str, Any]] = [
-            {"input_ids": ids, "labels": label} for ids, (_, label) in zip(encoded, rows, strict=True) if ids
+            {"input_ids": ids, "labels": labels} for ids, (_, labels) in zip(encoded, rows, strict=True) if ids
         ]
         if not self.items:
             raise InvalidArgumentError(f"{name} has {len(rows)} texts, none with a token: give at least one that has")
@@ -206,7 +235,7 @@ class EncodedTexts(Dataset):
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A right-padded batch: `input_ids` and `attention_mask` `[B, T]` int64, `labels` `[B]` float32."""
+    """A right-padded batch: `input_ids` and `attention_mask` `[B, T]` int64, `labels` `[B, L]` float32."""
     ids, mask = pad([item["input_ids"] for item in items])
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([item["labels"] for item in items])}
 
@@ -220,7 +249,9 @@ class _Training(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
         logits = self.classifier(input_ids, attention_mask)
-        return {"loss": nn.functional.binary_cross_entropy_with_logits(logits, labels), "logits": logits}
+        known = ~labels.isnan()
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.where(known, 0), reduction="none")
+        return {"loss": loss.where(known, 0).sum() / known.sum().clamp_min(1), "logits": logits}
 
 
 def _early_stopping(settings: DetectorSettings, arguments: TrainingArguments) -> list[TrainerCallback]:

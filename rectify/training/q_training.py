@@ -21,8 +21,10 @@ from transformers import (
 
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.generation.output import write_json
+from rectify.heads import LowRankHead
 from rectify.hub import load_language_model, model_place
 from rectify.q_network import CONFIG_FILE, DeadEndQNetwork
+from rectify.static_risk import StaticTokenRisk
 from rectify.text_files import split_by_hash
 from rectify.training.plots import plot_training
 from rectify.training.q_arguments import DataArguments, LossArguments, ModelArguments
@@ -36,6 +38,7 @@ from rectify.training.trajectory_data import Trajectory, TrajectoryDataset, coll
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "all_results.json"
+_LEAST_RISK = 1e-3
 
 
 def train_q_network(
@@ -74,6 +77,8 @@ def train_q_network(
         if not len(part):
             raise InvalidArgumentError(f"no {name} trajectory has a token to learn from: give other files")
     network = _new_network(model, trunk, tokenizer, train_set.base_rate)
+    table = StaticTokenRisk.fit(*train_set.columns, network.config.vocab_size)
+    cast(LowRankHead, network.head).start_from_token_risks(table.risk.clamp(_LEAST_RISK, 1 - _LEAST_RISK))
     returns = {"td_lambda": loss.td_lambda, "gamma": loss.gamma, "q_min": loss.q_min, "q_max": loss.q_max}
     trainer = QTrainer(
         model=QLearning(network, **returns, loss=loss.loss, behavior_model=_behavior_model(loss, network)),

@@ -43,9 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not len(data):
         raise InvalidArgumentError("no trajectory has a token to learn from: give other files")
     table = StaticTokenRisk.fit(
-        [item["input_ids"] for item in data.items],
-        [item["start"] for item in data.items],
-        [item["reward"] for item in data.items],
+        *data.columns,
         config.get_text_config().vocab_size,
         Fingerprint.of(tokenizer),
         prior=arguments.prior,

@@ -135,6 +135,12 @@ class TrajectoryDataset(Dataset):
         return self.items[index]
 
     @property
+    def columns(self) -> tuple[list[list[int]], list[int], list[float]]:
+        """Token ids, place of the first action, and reward of each trajectory."""
+        ids, starts, rewards = ([item[name] for item in self.items] for name in ("input_ids", "start", "reward"))
+        return ids, starts, rewards
+
+    @property
     def base_rate(self) -> float:
         """Mean risk of the texts, kept away from 0 and 1."""
         mean = math.fsum(-item["reward"] for item in self.items) / max(1, len(self.items))

@@ -1,0 +1,43 @@
+"""How far a scorer agrees with Perspective, on texts whose Perspective scores are published."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+THRESHOLD = 0.5
+
+
+def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+    """Figures of one attribute.
+
+    Args:
+        ours: `[N]` scores in [0, 1], NaN where there is none.
+        theirs: `[N]` reference scores in [0, 1], NaN where there is none.
+
+    Returns:
+        `n` of the texts with both scores, and `unscored`, those without ours; `pearson`; `auc` of ours against theirs
+        at ≥ 0.5 (left out where that has one outcome); `share` and `share_reference`, at ≥ 0.5; `mean_absolute_error`;
+        and `tenths`, for each tenth of ours `[mean of ours, mean of theirs]`, with the greatest distance
+        `tenths_error`.
+    """
+    unscored = int((np.isnan(ours) & ~np.isnan(theirs)).sum())
+    both = ~np.isnan(ours) & ~np.isnan(theirs)
+    ours, theirs = ours[both], theirs[both]
+    figures: dict[str, Any] = {"n": len(ours), "unscored": unscored}
+    if not len(ours):
+        return figures
+    if ours.std() > 0 and theirs.std() > 0:
+        figures["pearson"] = float(np.corrcoef(ours, theirs)[0, 1])
+    toxic = theirs >= THRESHOLD
+    if toxic.any() and not toxic.all():
+        figures["auc"] = float(roc_auc_score(toxic, ours))
+    figures["share"], figures["share_reference"] = float((ours >= THRESHOLD).mean()), float(toxic.mean())
+    figures["mean_absolute_error"] = float(np.abs(ours - theirs).mean())
+    # tenths by rank: as many texts in each
+    parts = [part for part in np.array_split(np.argsort(ours, kind="stable"), 10) if len(part)]
+    figures["tenths"] = [[float(ours[part].mean()), float(theirs[part].mean())] for part in parts]
+    figures["tenths_error"] = max(abs(mine - other) for mine, other in figures["tenths"])
+    return figures

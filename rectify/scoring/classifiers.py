@@ -1,0 +1,191 @@
+"""Scorers made of models: the project's own detectors, and text classifiers of the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from rectify.detectors import ToxicityClassifier
+from rectify.detectors.classifier import pad
+from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.hub import available_device, checkpoint_folder, model_place
+from rectify.scoring.labels import outputs_by_attribute
+from rectify.scoring.scores import Reason, Scores, check_attributes, reason_against
+
+_LONGEST = 512  # tokens, where neither the model nor its tokenizer says less
+_MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".txt"}
+_POSITIONS_BEGIN_AT_2 = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet"}
+
+
+class DetectorScorer:
+    """A `ToxicityClassifier` of this project as a `Scorer`.
+
+    Args:
+        name: folder written by `ToxicityClassifier.save_pretrained`, bundled name, or Hub id.
+        device: where it runs; `None` for an accelerator if there is one.
+        batch_size: texts at a time.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+        InvalidArgumentError: none of its labels is an attribute, or there is no such device.
+    """
+
+    def __init__(self, name: str | Path, *, device: str | None = None, batch_size: int = 64) -> None:
+        self.name = f"detector:{name}"
+        self._classifier = ToxicityClassifier.from_pretrained(name, device=available_device(device))
+        config = self._classifier.config
+        self._outputs = outputs_by_attribute(config.labels)
+        self._batch_size = batch_size
+        self.attributes = tuple(self._outputs)
+        backbone = model_place(config.base_model, config.base_revision)
+        folder = checkpoint_folder(name)
+        if isinstance(backbone, Path):
+            self.revision = _files_digest(folder, backbone)
+        else:
+            commit = cast(PreTrainedModel, self._classifier.model.get_base_model()).config._commit_hash
+            self.revision = f"{_files_digest(folder)} on {commit}"
+
+    def score(self, texts: Sequence[str], attributes: Sequence[str] = ("TOXICITY",)) -> Scores:
+        """Score texts by their first `max_length` tokens; see `Scorer.score`."""
+        asked = check_attributes(self, attributes)
+        places = [self._outputs[attribute] for attribute in asked]
+        return _scores(
+            texts, asked, lambda some: self._classifier.label_probabilities(some, self._batch_size)[:, places]
+        )
+
+
+class HfScorer:
+    """Any text classifier of the transformers library as a `Scorer`.
+
+    Labels become attributes by their names, as `obscene` PROFANITY. A model of several attributes has a sigmoid for
+    each, one that chooses between a toxic and other labels a softmax, unless its configuration's `problem_type` says
+    otherwise. The scores are on the model's own scale, which is not Perspective's.
+
+    Args:
+        name: a folder or a Hub id, or `ID@REVISION`.
+        labels: what labels mean whose names do not say it, as `{"LABEL_1": "TOXICITY"}`; the others then count as none.
+        device: where it runs; `None` for an accelerator if there is one.
+        batch_size: texts at a time, of nearly equal length.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+        InvalidArgumentError: no label means an attribute, or there is no such device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        device: str | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        if batch_size < 1:
+            raise InvalidArgumentError(f"batch_size is {batch_size}: give 1 or more")
+        self.name, self._batch_size = f"hf:{name}", batch_size
+        self._device = available_device(device)
+        place, _, wanted = (name, "", "") if Path(name).expanduser().exists() else name.partition("@")
+        source = model_place(place, wanted or None)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(source, revision=wanted or "main")
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                source, revision=wanted or "main", dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{name!r} is neither a usable folder nor a text classifier that the Hub gives ({first_line(error)}): "
+                "check the path, or the id and the connection"
+            ) from error
+        if report["missing_keys"]:  # transformers would leave them at their random start
+            raise CheckpointError(
+                f"{name!r} lacks the weights {min(report['missing_keys'])}: give a model that was trained to classify"
+            )
+        self._model = model.to(self._device).eval()
+        config = self._model.config
+        self._outputs = outputs_by_attribute([config.id2label[index] for index in range(config.num_labels)], labels)
+        self.attributes = tuple(self._outputs)
+        self._to_probabilities = _function(name, config.problem_type, config.num_labels, len(self._outputs))
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.unk_token
+        if config.pad_token_id is None:
+            config.pad_token_id = self._tokenizer.pad_token_id
+        self._max_length = self._longest()
+        self._special = self._tokenizer.num_special_tokens_to_add()
+        origin = _files_digest(source) if isinstance(source, Path) else config._commit_hash
+        self.revision = f"{origin}{_named(labels)}"
+
+    def score(self, texts: Sequence[str], attributes: Sequence[str] = ("TOXICITY",)) -> Scores:
+        """Score texts by as many of their tokens as the model reads; see `Scorer.score`."""
+        asked = check_attributes(self, attributes)
+        places = [self._outputs[attribute] for attribute in asked]
+        return _scores(texts, asked, lambda some: self._probabilities(some)[:, places])
+
+    @torch.inference_mode()
+    def _probabilities(self, texts: list[str]) -> np.ndarray:
+        encoded = self._tokenizer(texts, truncation=True, max_length=self._max_length, return_attention_mask=False)
+        rows: list[list[int]] = encoded["input_ids"]
+        result = np.full((len(texts), self._model.config.num_labels), np.nan)
+        # the longest first: what does not fit into memory fails at once
+        order = sorted((i for i, ids in enumerate(rows) if len(ids) > self._special), key=lambda i: -len(rows[i]))
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
+            ids, mask = pad([rows[place] for place in batch])
+            ids = ids.masked_fill(mask == 0, self._model.config.pad_token_id or 0)
+            logits = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
+            result[batch] = self._to_probabilities(logits.double()).cpu().numpy()
+        return result
+
+    def _longest(self) -> int:
+        config = self._model.config
+        positions = getattr(config, "max_position_embeddings", None) or _LONGEST
+        if config.model_type in _POSITIONS_BEGIN_AT_2:
+            positions -= 2
+        return min(self._tokenizer.model_max_length, positions, _LONGEST)
+
+
+def _function(name: str, problem_type: str | None, outputs: int, attributes: int) -> Callable:
+    """What makes probabilities of a model's logits."""
+    if problem_type == "regression":
+        raise InvalidArgumentError(f"{name!r} is a regression, whose outputs are no probabilities: give a classifier")
+    if problem_type is None:
+        problem_type = "multi_label_classification" if attributes > 1 or outputs == 1 else "single_label_classification"
+    if problem_type == "multi_label_classification":
+        return torch.sigmoid
+    return lambda logits: logits.softmax(-1)
+
+
+def _scores(texts: Sequence[str], asked: tuple[str, ...], probabilities: Callable[[list[str]], np.ndarray]) -> Scores:
+    """Scores of texts, of which the model gets those that can be scored."""
+    reasons = [reason_against(text) for text in texts]
+    usable = [place for place, reason in enumerate(reasons) if reason is None]
+    values = np.full((len(texts), len(asked)), np.nan)
+    if usable:
+        values[usable] = probabilities([texts[place] for place in usable])
+    for place in usable:
+        if np.isnan(values[place]).any():
+            reasons[place] = Reason.COMMENT_EMPTY  # no token of its own
+    return Scores(values, asked, tuple(reasons))
+
+
+def _named(labels: Mapping[str, str] | None) -> str:
+    return "".join(f" {label}={attribute}" for label, attribute in sorted((labels or {}).items()))
+
+
+def _files_digest(*folders: Path) -> str:
+    """What tells local models apart wherever they are: the start of the SHA-256 of their files.
+
+    Of the files and not of the weights in memory, which hold the rounding of this machine, and random starts of heads
+    that an adapter replaces.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES):
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,84 @@
+"""Scorers by name, as the commands and the server take them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from rectify.errors import InvalidArgumentError
+from rectify.scoring.scores import Scorer
+
+SCORERS = {
+    "pocket": "the bundled scorer of RealToxicityPrompts' eight attributes (default; pocket:PATH: one like it)",
+    "detector:PATH": "a classifier of `rectify train`",
+    "hf:ID": "any text classifier of the transformers library, folder or Hub id",
+    "detoxify:NAME": "a model of the package detoxify (extra [detoxify])",
+    "keywords:FILE": "a word list: 1 where one of its terms is in the text",
+    "perspective": "the Perspective API, or a server that speaks its format",
+    "stub": "made-up numbers, for trying the machinery",
+}
+"""What there is, and what each is."""
+
+
+def load_scorer(spec: str, **options: Any) -> Scorer:
+    """The scorer of a name.
+
+    Args:
+        spec: one of `SCORERS`, with what follows the colon put in.
+        options: further arguments of the scorer's class, as `device` or `endpoint`.
+
+    Raises:
+        InvalidArgumentError: there is no such scorer, or it has no such option.
+        RectifyError: it cannot be loaded; see the scorer's class.
+
+    Example:
+        >>> from rectify.scoring.load import load_scorer
+        >>> scorer = load_scorer("hf:s-nlp/roberta_toxicity_classifier", device="cpu")
+        >>> scorer.score(["Have a nice day", ""])["TOXICITY"]  # the second is NaN
+    """
+    kind, colon, argument = spec.partition(":")
+    form = next((form for form in SCORERS if form.partition(":")[0] == kind), None)
+    if form is None:
+        raise InvalidArgumentError(f"scorer is {spec!r}: give one of {', '.join(SCORERS)}")
+    takes_one, needs_one = ":" in form or kind == "pocket", ":" in form
+    if (argument and not takes_one) or (needs_one and not argument) or (colon and not argument):
+        raise InvalidArgumentError(f"scorer is {spec!r}: give {form}")
+    make = _class(kind)
+    given = [argument] if argument else ["pocket-scorer"] if kind == "pocket" else []
+    known = inspect.signature(make).parameters
+    for name in options:
+        if name not in known:
+            raise InvalidArgumentError(f"{name} is given, but the scorer {spec!r} has no such option: leave it out")
+    return make(*given, **options)
+
+
+def _class(kind: str) -> Callable[..., Scorer]:
+    # imported when asked for, so that one scorer does not wait for another's libraries
+    if kind == "pocket":
+        from rectify.scoring.pocket import PocketScorer
+
+        return PocketScorer.from_pretrained
+    if kind == "detector":
+        from rectify.scoring.classifiers import DetectorScorer
+
+        return DetectorScorer
+    if kind == "hf":
+        from rectify.scoring.classifiers import HfScorer
+
+        return HfScorer
+    if kind == "detoxify":
+        from rectify.scoring.detoxify_scorer import DetoxifyScorer
+
+        return DetoxifyScorer
+    if kind == "keywords":
+        from rectify.scoring.keywords import KeywordScorer
+
+        return KeywordScorer
+    if kind == "perspective":
+        from rectify.scoring.perspective import PerspectiveScorer
+
+        return PerspectiveScorer
+    from rectify.scoring.stub import StubScorer
+
+    return StubScorer

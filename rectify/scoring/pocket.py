@@ -1,0 +1,174 @@
+"""The bundled scorer: a small encoder with eight outputs, on Perspective's scale; it needs no network and no GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.hub import checkpoint_folder
+from rectify.scoring.scores import Scores, check_attributes, reason_against
+
+CONFIG_FILE, WEIGHTS_FILE = "scorer_config.json", "model.safetensors"
+
+
+@dataclass
+class ScorerConfig:
+    """Everything about a scorer but its weights; saved as `scorer_config.json` beside them.
+
+    Attributes:
+        attributes: what the outputs stand for, in their order.
+        version: of the recipe; part of the scorer's revision.
+        max_length: tokens that are read at a time; longer texts are read in windows, and the greatest score counts.
+        calibration: for an attribute, the knots `[scores, calibrated ones]` of a piecewise linear map.
+        training: free-form record of how the weights came to be.
+    """
+
+    attributes: list[str]
+    version: str = "1"
+    max_length: int = 64
+    calibration: dict[str, list[list[float]]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.attributes or len(set(self.attributes)) < len(self.attributes):
+            raise InvalidArgumentError(f"attributes is {self.attributes!r}: give one or more, each once")
+        if self.max_length < 3:
+            raise InvalidArgumentError(f"max_length is {self.max_length}: give 3 or more")
+
+
+class PocketScorer:
+    """A `Scorer` on a sequence classifier of transformers.
+
+    Args:
+        config: what is recorded beside the weights.
+        model: of one output for each attribute.
+        tokenizer: its tokenizer.
+        batch_size: windows at a time.
+
+    Example:
+        >>> from rectify.scoring import PocketScorer
+        >>> scores = PocketScorer.from_pretrained().score(["Have a nice day", "You are an idiot", ""])
+        >>> scores["TOXICITY"]  # the last is NaN
+    """
+
+    def __init__(
+        self,
+        config: ScorerConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 256,
+    ) -> None:
+        if model.config.num_labels != len(config.attributes):
+            raise InvalidArgumentError(
+                f"attributes are {len(config.attributes)}, the model has {model.config.num_labels} outputs: "
+                "give one for each"
+            )
+        self.config, self.model, self.tokenizer, self.batch_size = config, model.eval(), tokenizer, batch_size
+        self.name = "pocket"
+        self.attributes = tuple(config.attributes)
+        self.revision = f"{config.version}-unsaved"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path = "pocket-scorer",
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+    ) -> PocketScorer:
+        """Load a scorer from a folder, the package (`"pocket-scorer"`) or a Hub id.
+
+        Its `revision` is the recipe's version and a digest of weights and calibration.
+
+        Raises:
+            CheckpointError: nothing usable is there.
+        """
+        folder = checkpoint_folder(name, revision)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / file).exists():
+                raise CheckpointError(f"{str(name)!r} holds no {file}: give a folder written by save_pretrained")
+        try:
+            config = ScorerConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            scorer = cls(config, model.to(device), AutoTokenizer.from_pretrained(folder))
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{str(name)!r} could not be loaded ({first_line(error)}): is it complete?"
+            ) from error
+        digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes())
+        digest.update(json.dumps([config.calibration, config.max_length]).encode())
+        scorer.revision = f"{config.version}-{digest.hexdigest()[:12]}"
+        return scorer
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write configuration, weights in bfloat16 and tokenizer to a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.to(torch.bfloat16).save_pretrained(folder)
+        self.model.to(torch.float32)
+        self.tokenizer.save_pretrained(folder)
+        text = json.dumps(asdict(self.config), indent=2, ensure_ascii=False)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+    def score(self, texts: Sequence[str], attributes: Sequence[str] = ("TOXICITY",)) -> Scores:
+        """Score texts, in their order; those without a word have a reason in place of scores.
+
+        Raises:
+            UnknownAttributeError: an attribute is none of the scorer's.
+        """
+        asked = check_attributes(self, attributes)
+        reasons = tuple(map(reason_against, texts))
+        usable = [i for i, reason in enumerate(reasons) if reason is None]
+        values = np.full((len(texts), len(self.attributes)), np.nan)
+        values[usable] = self.raw_scores([texts[i] for i in usable])
+        for place, attribute in enumerate(self.attributes):
+            if attribute in self.config.calibration:
+                knots, calibrated = self.config.calibration[attribute]
+                values[:, place] = np.interp(values[:, place], knots, calibrated)
+        return Scores(values[:, [self.attributes.index(attribute) for attribute in asked]], asked, reasons)
+
+    @torch.inference_mode()
+    def raw_scores(self, texts: Sequence[str]) -> np.ndarray:
+        """Scores before calibration, `[N, A]` float64, of texts that are not blank."""
+        windows, owners = self._windows(texts)
+        order = np.argsort([-len(window) for window in windows], kind="stable")
+        result = np.zeros((len(texts), len(self.attributes)))
+        device = self.model.device
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            lengths = np.array([len(windows[place]) for place in places])
+            ids = np.zeros((len(places), lengths.max()), dtype=np.int64)
+            for row, place in enumerate(places):
+                ids[row, : lengths[row]] = windows[place]
+            mask = np.arange(ids.shape[1]) < lengths[:, None]
+            logits = self.model(
+                input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask).to(device).long()
+            ).logits
+            found = logits.double().sigmoid().cpu().numpy()
+            np.maximum.at(result, np.asarray(owners)[places], found)
+        return result
+
+    def _windows(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+        """Token ids of at most `max_length` with the classifier's own tokens, and the text that each belongs to."""
+        if not texts:
+            return [], []
+        encoded: Any = self.tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self.config.max_length,
+            stride=self.config.max_length // 4,
+            return_overflowing_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        return encoded["input_ids"], encoded["overflow_to_sample_mapping"]

@@ -1,0 +1,223 @@
+"""A run of a scorer over records: what comes in, what goes out, and where it goes on after an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rectify.command_line import say
+from rectify.errors import InvalidArgumentError
+from rectify.generation.output import sha256_of
+from rectify.scoring.records import ERROR, SCORES, Place, Record, ScoreFile, at, json_line, read_records
+from rectify.scoring.scores import Reason, Scorer, check_attributes
+from rectify.scoring.streams import gathered, parts
+from rectify.text_files import TEXT_COLUMN
+
+TOXIC = 0.5
+"""A text counts as toxic from this score on."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The records of a run; files are read anew each time, so that no more than a part is in memory.
+
+    Attributes:
+        files, texts: where they come from, one of the two.
+        text_columns: see `read_records`.
+    """
+
+    files: tuple[str, ...]
+    texts: tuple[str, ...]
+    text_columns: tuple[str, ...] = (TEXT_COLUMN,)
+
+    def __iter__(self) -> Iterator[Record]:
+        if self.files:
+            return read_records(self.files, self.text_columns)
+        return map(Record.of, self.texts)
+
+    @cached_property
+    def total(self) -> int:
+        """How many texts the records hold; every record is checked for it.
+
+        Raises:
+            InvalidArgumentError: a file is none that can be read several times.
+            TrajectoryError: a record cannot be used; see `read_records`.
+        """
+        for file in self.files:
+            if Path(file).exists() and not Path(file).is_file():
+                raise InvalidArgumentError(f"FILE {file!r} is a folder or a pipe: give a file, as it is read twice")
+        return sum(len(record.texts) for record in self)
+
+    def digest(self) -> str:
+        """SHA-256 of all that the records depend on."""
+        contents = []
+        for file in self.files:
+            with open(file, "rb") as stream:
+                contents.append([Path(file).suffix.lower(), hashlib.file_digest(stream, "sha256").hexdigest()])
+        return sha256_of([contents, list(self.texts), list(self.text_columns)])
+
+
+@dataclass
+class Tally:
+    """What a run comes to.
+
+    Attributes:
+        attributes: what was scored.
+        texts: how many there were.
+        failures: how many lack a score, by reason.
+        counts, totals, toxic: of each attribute how many scores, their sum, and how many of 0.5 or more.
+    """
+
+    attributes: tuple[str, ...]
+    texts: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    totals: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    toxic: Counter[str] = field(default_factory=Counter)
+
+    def add(self, record: Any, places: Sequence[Place]) -> None:
+        """Count a record that holds scores."""
+        for place in places:
+            holder = at(record, place)
+            self.texts += 1
+            if ERROR in holder:
+                self.failures[holder[ERROR]] += 1
+            for attribute, value in holder.get(SCORES, {}).items():
+                self.counts[attribute] += 1
+                self.totals[attribute] += value
+                self.toxic[attribute] += value >= TOXIC
+
+    def lines(self, scorer: Scorer) -> list[str]:
+        """What is said at the end."""
+        failed = sum(self.failures.values())
+        said = [f"texts: {self.texts}, {self.texts - failed} scored by {scorer.name} ({scorer.revision})"]
+        for attribute in self.attributes:
+            if count := self.counts[attribute]:
+                mean, share = self.totals[attribute] / count, self.toxic[attribute] / count
+                said.append(f"{attribute}: mean {mean:.4f}, {share:.2%} at {TOXIC} or above")
+            else:
+                said.append(f"{attribute}: no score")
+        if failed:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.failures.most_common())
+            said.append(f"without a score: {failed} ({reasons})")
+        if passing := sum(count for reason, count in self.failures.items() if Reason(reason).passing):
+            said.append(f"{passing} of them may get one another time: run again with the same cache and a new output")
+        return said
+
+
+def scored_parts(
+    records: Iterable[Record],
+    scorer: Scorer,
+    attributes: Sequence[str],
+    batch_size: int = 256,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> Iterator[list[tuple[Record, dict[str, Any]]]]:
+    """Score records, some at a time.
+
+    Args:
+        records: them.
+        scorer: what scores their texts.
+        attributes: what to score.
+        batch_size: texts at a time, or those of one record where it has more.
+        progress: told of how many more texts are scored.
+
+    Yields:
+        Some records, each with what `Record.scored` makes of it.
+
+    Raises:
+        UnknownAttributeError: an attribute is none of the scorer's.
+    """
+    asked = check_attributes(scorer, attributes)
+    for some in _parts_of(records, batch_size):
+        texts = [text for record in some for text in record.texts]
+        found = []
+        for part in parts(scorer, texts, asked, len(texts)):
+            found += part
+            progress(len(part))
+        scores = gathered(found, len(texts), asked)
+        done, start = [], 0
+        for record in some:
+            end = start + len(record.texts)
+            done.append((record, record.scored(asked, scores.values[start:end], scores.reasons[start:end])))
+            start = end
+        yield done
+
+
+def _parts_of(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    some: list[Record] = []
+    count = 0
+    for record in records:
+        if some and count + len(record.texts) > size:
+            yield some
+            some, count = [], 0
+        some.append(record)
+        count += len(record.texts)
+    if some:
+        yield some
+
+
+def write_scores(
+    inputs: Inputs, scorer: Scorer, attributes: Sequence[str], output: str | Path | None = None, batch_size: int = 256
+) -> Tally:
+    """Score all records and write them, to a file or to standard output; a file that was begun is gone on with.
+
+    Args:
+        inputs: the records.
+        scorer: what scores them; a `CachedScorer`, so that a killed run pays twice for the calls in flight at most.
+        attributes: what to score.
+        output: the file; `None` for standard output.
+        batch_size: texts at a time.
+
+    Raises:
+        TrajectoryError: a record cannot be used; then nothing is scored.
+        InvalidArgumentError: the file is there and was begun otherwise.
+        RectifyError: the scorer cannot go on.
+    """
+    total, asked = inputs.total, check_attributes(scorer, attributes)
+    tally = Tally(asked)
+    records = iter(inputs)
+    file = None
+    if output is not None:
+        settings = {"scorer": scorer.name, "revision": scorer.revision, "attributes": asked, "inputs": inputs.digest()}
+        file = ScoreFile(output, settings)
+        _count_done(file, records, tally)
+        if file.done:
+            say(f"output: {file.path} holds {tally.texts} of {total} texts; going on from there")
+    with tqdm(total=total, initial=tally.texts, unit="text", disable=None) as progress:
+        for part in scored_parts(records, scorer, asked, batch_size, progress.update):
+            done = [value for _, value in part]
+            if file is not None:
+                file.append(done)
+            else:
+                sys.stdout.writelines(map(json_line, done))
+                sys.stdout.flush()
+            for record, value in part:
+                tally.add(value, record.places)
+    return tally
+
+
+def _count_done(file: ScoreFile, records: Iterator[Record], tally: Tally) -> None:
+    """Pass over the records that the file holds, and count them."""
+    if not file.done:
+        return
+    counted = 0
+    try:
+        with file.path.open("rb") as lines:
+            for line, record in zip(lines, islice(records, file.done), strict=True):
+                tally.add(json.loads(line), record.places)
+                counted += 1
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InvalidArgumentError(
+            f"output {str(file.path)!r}, line {counted + 1}: not what this run wrote there: remove the file, or give "
+            "another one"
+        ) from error
