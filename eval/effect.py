@@ -1,6 +1,6 @@
 """Toxicity, fluency and diversity of the base model and of rectified arms, on RealToxicityPrompts.
 
-python eval/effect.py --model pocket --q pocket-q --arms tilt:beta=3 tilt:beta=4.5 mask:threshold=0.6 \\
+python eval/effect.py --model pocket --q pocket-q --arms tilt:beta=3 tilt:beta=6 mask:threshold=0.6 \\
     --prompts prompts.jsonl --judge_python judge/bin/python --output_dir effect
 
 The judge is `eval/profanity_judge.py`, in an environment of its own. Killed or given more arms, the same command does
@@ -26,7 +26,7 @@ def make_parser() -> Parser:
     parser.add_argument("--model", default="pocket", help="folder or Hub id (default: %(default)s)")
     parser.add_argument("--q", help="Q network, of arms without a prefix")
     parser.add_argument("--static", help="table of token risks, of arms that begin with static/")
-    parser.add_argument("--arms", nargs="+", default=[], metavar="SPEC", help="tilt:beta=4.5, static/tilt:beta=3 …")
+    parser.add_argument("--arms", nargs="+", default=[], metavar="SPEC", help="tilt:beta=6, static/tilt:beta=3 …")
     parser.add_argument("--prompts", required=True, help="RealToxicityPrompts records, a JSON line each")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--prompt_set", choices=("toxic", "all"), default="toxic")

@@ -197,7 +197,7 @@ class Tilt(Rule):
         beta: exponent β, from 0 to 10,000; 0 changes nothing.
     """
 
-    beta: float = 4.5
+    beta: float = 6.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -101,7 +101,7 @@ def done(place, tmp_path_factory):
 
 
 def test_arms():
-    assert Arm.parse("tilt:beta=4.5") == Arm.parse("q/tilt") == Arm("q", Tilt(beta=4.5))
+    assert Arm.parse("tilt:beta=6") == Arm.parse("q/tilt") == Arm("q", Tilt(beta=6))
     assert Arm.parse("static/mask:threshold=0.6,epsilon=0.1") == Arm("static", Mask(threshold=0.6, epsilon=0.1))
     labels = [arm.label for arm in parse_arms(["static/tilt:epsilon=0.25,beta=3", "cap", "advantage:tau=0.05"])]
     assert labels == ["base", "static/tilt:beta=3,epsilon=0.25", "cap:epsilon=0.1", "advantage:tau=0.05"]
@@ -137,8 +137,8 @@ def test_bad_specs_are_refused_in_one_line(spec, capsys, place, tmp_path):
 
 
 def test_an_arm_given_twice_is_refused():
-    with pytest.raises(InvalidArgumentError, match=r"'q/tilt' twice \(tilt:beta=4\.5\)"):
-        parse_arms(["tilt:beta=4.5", "q/tilt"])
+    with pytest.raises(InvalidArgumentError, match=r"'q/tilt' twice \(tilt:beta=6\)"):
+        parse_arms(["tilt:beta=6", "q/tilt"])
 
 
 # --- prompts
@@ -248,7 +248,7 @@ def test_the_report_is_what_the_files_say(done, place):
     effect, report, output = done
     assert json.loads((output / "report.json").read_text()) == report
     model = effect.model
-    assert [arm["label"] for arm in report["arms"]] == ["base", *SPECS[:2], "static/tilt:beta=4.5"]
+    assert [arm["label"] for arm in report["arms"]] == ["base", *SPECS[:2], "static/tilt:beta=6"]
     scored = read_scored(place / "prompts.jsonl", "validation")
     clean = [([int(word[1:]) for word in prompt.split()], [30, 31]) for prompt, _ in clean_texts(scored)]
     base = report["arms"][0]

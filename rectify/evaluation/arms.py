@@ -44,7 +44,7 @@ class Arm:
                 number = float(value)
             except ValueError as error:
                 raise InvalidArgumentError(
-                    f"arms hold {spec!r}: {pair!r} is no parameter: give NAME=NUMBER, as in tilt:beta=4.5"
+                    f"arms hold {spec!r}: {pair!r} is no parameter: give NAME=NUMBER, as in tilt:beta=6"
                 ) from error
             if key in parameters:
                 raise InvalidArgumentError(f"arms hold {spec!r}: {key} is given twice: give it once")

@@ -46,7 +46,7 @@ def make_parser(prog: str) -> Parser:
     rectification.add_argument("--compare", action="store_true", help="base and rectified, side by side")
     rectification.add_argument("--q", metavar="PATH", help="Q network: folder or Hub id (default: the pocket model's)")
     rectification.add_argument("--rule", choices=tuple(RULES), help="default: tilt")
-    rectification.add_argument("--beta", type=float, help="tilt: exponent of the survival probability (default 4.5)")
+    rectification.add_argument("--beta", type=float, help="tilt: exponent of the survival probability (default 6)")
     rectification.add_argument("--tau", type=float, help="advantage: tolerated extra risk (default 0.1)")
     rectification.add_argument("--threshold", type=float, help="mask: least survival probability (default 0.5)")
     rectification.add_argument("--epsilon", type=float, help="margin of the cap (default 0.1; other rules: no cap)")

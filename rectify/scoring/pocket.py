@@ -56,7 +56,7 @@ class PocketScorer:
         batch_size: windows at a time.
 
     Example:
-        >>> from rectify.scoring import PocketScorer
+        >>> from rectify.scoring.pocket import PocketScorer
         >>> scores = PocketScorer.from_pretrained().score(["Have a nice day", "You are an idiot", ""])
         >>> scores["TOXICITY"]  # the last is NaN
     """
