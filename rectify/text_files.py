@@ -46,7 +46,7 @@ def read_texts(paths: Sequence[str | Path], text_columns: Sequence[str] = (TEXT_
     return [
         _text(row, column, place)
         for path, column in zip(paths, columns, strict=True)
-        for place, row in _rows(Path(path))
+        for place, row in read_rows(Path(path))
     ]
 
 
@@ -69,7 +69,7 @@ def read_labelled_texts(
     return [
         _labelled_text(row, text_column, label_column, place)
         for path, text_column, label_column in zip(paths, texts, labels, strict=True)
-        for place, row in _rows(Path(path))
+        for place, row in read_rows(Path(path))
     ]
 
 
@@ -105,8 +105,15 @@ def split_by_hash(rows: Sequence[Row], share: float, key: Callable[[Row], str]) 
 # Files to rows
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, each with how to name its place in a message."""
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, each with how to name its place in a message.
+
+    Args:
+        path: a file as `read_texts` takes it.
+
+    Raises:
+        TrajectoryError: the file cannot be read or holds no row, or a line cannot be used.
+    """
     suffix = path.suffix.lower()
     rows: Iterator[tuple[int, Any]] = _text_rows(path) if suffix == ".txt" else _json_rows(path)
     if suffix in _DELIMITERS:

@@ -13,7 +13,7 @@ import numpy as np
 from rectify.errors import InvalidArgumentError
 from rectify.generation.output import sha256_of
 from rectify.scoring.scores import Scores, check_attributes, reason_against
-from rectify.text_files import _rows as table_rows
+from rectify.text_files import read_rows
 
 _SEVERITY_COLUMNS = ("severity", "severity_rating")
 
@@ -76,7 +76,7 @@ def _branch(node: dict[str, Any]) -> str:
 
 def _read(path: Path, min_severity: float | None) -> list[str]:
     if path.suffix.lower() in (".csv", ".tsv"):
-        return [_term(row, min_severity, place) for place, row in table_rows(path) if _taken(row, min_severity, place)]
+        return [_term(row, min_severity, place) for place, row in read_rows(path) if _taken(row, min_severity, place)]
     if min_severity is not None:
         raise InvalidArgumentError(
             f"min_severity is {min_severity:g}, but keywords {str(path)!r} has no severities: leave it out or give a "

@@ -15,8 +15,7 @@ import numpy as np
 from rectify.errors import TrajectoryError
 from rectify.generation.output import GenerationFile, Records
 from rectify.scoring.scores import Reason
-from rectify.text_files import TEXT_COLUMN, one_a_file
-from rectify.text_files import _rows as rows_of
+from rectify.text_files import TEXT_COLUMN, one_a_file, read_rows
 
 SCORES, ERROR = "scores", "score_error"
 
@@ -133,7 +132,7 @@ def read_records(paths: Sequence[str | Path], text_columns: Sequence[str] = (TEX
     """
     columns = one_a_file("text_column", text_columns, len(paths))
     for path, column in zip(paths, columns, strict=True):
-        for where, value in rows_of(Path(path)):
+        for where, value in read_rows(Path(path)):
             yield Record.of(value, column, where)
 
 
