@@ -9,7 +9,7 @@ import torch
 from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.evaluation.agreement import agreement
 from rectify.pocket import scorer as recipe
-from rectify.pocket.texts import split_of
+from rectify.pocket.texts import pieces, split_of
 from rectify.scoring import ATTRIBUTES, Reason, UnknownAttributeError
 from rectify.scoring.pocket import PocketScorer, ScorerConfig
 
@@ -115,10 +115,10 @@ def test_perspective_scores_are_read_with_their_split(tmp_path):
 
 def test_pieces_are_runs_of_words():
     text = " ".join(f"w{number}" for number in range(500))
-    found = recipe.pieces([text], 10, seed=1)
+    found = pieces([text], 22, 10, seed=1)
     assert len(found) == 10
     assert all(piece in text and 1 <= len(piece.split()) <= 22 for piece in found)
-    assert found == recipe.pieces([text], 10, seed=1)
+    assert found == pieces([text], 22, 10, seed=1)
 
 
 def test_calibration_brings_scores_to_the_scale_of_the_reference(make_scorer):

@@ -7,9 +7,11 @@ import os
 import random
 import time
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
+from commands import run_command
 
 from rectify.errors import InvalidArgumentError
 from rectify.scoring import ATTRIBUTES, Reason, Scores
@@ -35,14 +37,7 @@ def words(tmp_path):
     return path
 
 
-def run(capsys, *arguments):
-    """Exit code, standard output and standard error."""
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as exit:
-        code = exit.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+run = partial(run_command, main)
 
 
 def lines(path):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from rectify.errors import InvalidArgumentError, PromptError
 from rectify.generation.prompts import Prompt, read_prompts_file
-from rectify.pocket.texts import split_of
+from rectify.pocket.texts import record_key, split_of
 
 TOXIC = 0.5
 """Least Perspective toxicity of a toxic prompt."""
@@ -29,7 +29,7 @@ def read_scored(path: str | Path, split: Literal["train", "validation", "test"])
     found = []
     for number, prompt in enumerate(read_prompts_file(path)[0], start=1):
         try:
-            key, toxicity = _key(prompt), prompt.record["prompt"]["toxicity"]
+            key, toxicity = record_key(prompt.record), prompt.record["prompt"]["toxicity"]
         except (KeyError, TypeError) as error:
             raise PromptError(
                 f"prompts {str(path)!r}, record {number}: {error} is missing: give RealToxicityPrompts records"
@@ -71,7 +71,3 @@ def clean_texts(scored: Sequence[Prompt]) -> list[tuple[str, str]]:
         if toxicity is not None and toxicity < CLEAN and str(continuation.get("text") or "").strip():
             found.append((prompt.text, continuation["text"]))
     return found
-
-
-def _key(prompt: Prompt) -> str:
-    return "{filename}:{begin}:{end}".format_map(prompt.record)

@@ -102,9 +102,19 @@ class GenerationFile:
 def write_records(path: Path, records: Iterable[dict[str, Any]], mode: Literal["a", "w"]) -> None:
     """Append JSON lines to a file, or write them over it; on disk before this returns."""
     with path.open(mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.writelines(map(json_line, records))
         file.flush()
         os.fsync(file.fileno())
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """A record as a line of JSON; in ASCII where it holds what is no valid Unicode."""
+    line = json.dumps(record, ensure_ascii=False)
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(record)
+    return line + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from rectify.detectors import ToxicityClassifier
 from rectify.pocket.language_model import training_arguments
-from rectify.pocket.texts import LabelledText
+from rectify.pocket.texts import LabelledText, pieces
 from rectify.training.detector import DetectorSettings, train_detector
 
 logger = logging.getLogger(__name__)
@@ -44,18 +44,9 @@ class WordToxicity:
         counts = self._words.fit_transform(text.text for text in texts)
         self._model = LogisticRegression(C=0.3, max_iter=300).fit(counts, [bool(text.toxic) for text in texts])
 
-    def __call__(self, pieces: Sequence[str]) -> np.ndarray:
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """The toxicity of each piece, `[N]` in [0, 1]; twice the log-odds, for a sum over few words is timid."""
-        return expit(2 * self._model.decision_function(self._words.transform(pieces)))
-
-
-def _pieces(text: str, rng: np.random.Generator) -> Iterator[str]:
-    words = text.split()
-    place = 0
-    while place < len(words):
-        length = int(rng.integers(3, _LONGEST_PIECE + 1))
-        yield " ".join(words[place : place + length])
-        place += length
+        return expit(2 * self._model.decision_function(self._words.transform(texts)))
 
 
 def labelled_rows(
@@ -66,12 +57,10 @@ def labelled_rows(
     Continuations are short, so besides whole texts with their labels, and pieces where people marked the toxic words
     (`fragments`), there are pieces of a few words labelled by `WordToxicity`.
     """
-    rng = np.random.default_rng(seed)
     train = [text for text in texts if text.split == "train"]
     known = [text for text in train if text.toxic is not None]
     words = WordToxicity([text for text in known if text.source not in _NO_WORDS] + list(fragments))
-    pieces = [piece for text in train for piece in _pieces(text.text, rng)]
-    chosen = [pieces[i] for i in rng.choice(len(pieces), size=min(len(pieces), _PIECES), replace=False)]
+    chosen = pieces((text.text for text in train), _LONGEST_PIECE, _PIECES, seed)
     rows = [(text.text, float(bool(text.toxic))) for text in known if text.source not in _ONE_SIDED]
     rows += [(text.text, float(bool(text.toxic))) for text in fragments]
     rows += zip(chosen, words(chosen).tolist(), strict=True)

@@ -13,10 +13,12 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 Split = Literal["train", "validation"]
 
@@ -35,6 +37,24 @@ def split_of(key: str) -> Literal["train", "validation", "test"]:
     """The fixed split of a record by the SHA-256 of its key: one tenth is test, one tenth validation."""
     remainder = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10
     return {1: "test", 2: "validation"}.get(remainder, "train")  # type: ignore[return-value]
+
+
+def record_key(record: Mapping[str, Any]) -> str:
+    """The key of a RealToxicityPrompts record, by which it is split."""
+    return "{filename}:{begin}:{end}".format_map(record)
+
+
+def pieces(texts: Iterable[str], longest: int, count: int, seed: int) -> list[str]:
+    """Pieces of 3 to `longest` words, cut from texts one after the other; `count` of them at random."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for text in texts:
+        words, place = text.split(), 0
+        while place < len(words):
+            length = int(rng.integers(3, longest + 1))
+            found.append(" ".join(words[place : place + length]))
+            place += length
+    return [found[i] for i in rng.choice(len(found), size=min(len(found), count), replace=False)]
 
 
 def _rows(path: Path, delimiter: str = ",") -> Iterator[dict[str, str]]:
@@ -154,8 +174,7 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, bool | None]]]] = {
 def _realtoxicityprompts(folder: Path) -> Iterator[tuple[str, str]]:
     # the texts only: their Perspective scores are kept for judging
     for record in _json_lines(folder / "prompts.jsonl"):
-        key = f"{record['filename']}:{record['begin']}:{record['end']}"
-        yield record["prompt"]["text"] + record["continuation"]["text"], key
+        yield record["prompt"]["text"] + record["continuation"]["text"], record_key(record)
 
 
 def read_fragments(data: Path, words: int = 12) -> Iterator[LabelledText]:

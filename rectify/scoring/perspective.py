@@ -34,6 +34,7 @@ from rectify.scoring.perspective_endpoint import (
 )
 from rectify.scoring.rate_limit import Clock, TokenBucket
 from rectify.scoring.scores import Reason, Scores, check_attributes, reason_against
+from rectify.scoring.streams import gathered
 from rectify.scoring.wire import MAX_BYTES, AttributeScore, analyze_body, parse_analyze_response
 from rectify.version import __version__
 
@@ -169,11 +170,7 @@ class PerspectiveScorer:
             EndpointError: the endpoint is no such server.
         """
         asked = check_attributes(self, attributes)
-        values = np.full((len(texts), len(asked)), np.nan)
-        reasons: list[Reason | None] = [None] * len(texts)
-        for index, row, reason in self.score_stream(texts, asked):
-            values[index], reasons[index] = row, reason
-        return Scores(values, asked, tuple(reasons))
+        return gathered(self._stream(texts, asked), len(texts), asked)
 
     def score_stream(
         self, texts: Sequence[str], attributes: Sequence[str] = ("TOXICITY",)

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.detectors.classifier import pad
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.hub import checkpoint_folder
 from rectify.scoring.scores import Scores, check_attributes, reason_against
@@ -146,14 +147,8 @@ class PocketScorer:
         device = self.model.device
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
-            lengths = np.array([len(windows[place]) for place in places])
-            ids = np.zeros((len(places), lengths.max()), dtype=np.int64)
-            for row, place in enumerate(places):
-                ids[row, : lengths[row]] = windows[place]
-            mask = np.arange(ids.shape[1]) < lengths[:, None]
-            logits = self.model(
-                input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask).to(device).long()
-            ).logits
+            ids, mask = pad([windows[place] for place in places])
+            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
             found = logits.double().sigmoid().cpu().numpy()
             np.maximum.at(result, np.asarray(owners)[places], found)
         return result

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from rectify.errors import TrajectoryError
-from rectify.generation.output import GenerationFile, Records
 from rectify.scoring.scores import Reason
 from rectify.text_files import TEXT_COLUMN, one_a_file, read_rows
 
@@ -134,25 +131,3 @@ def read_records(paths: Sequence[str | Path], text_columns: Sequence[str] = (TEX
     for path, column in zip(paths, columns, strict=True):
         for where, value in read_rows(Path(path)):
             yield Record.of(value, column, where)
-
-
-def json_line(record: dict[str, Any]) -> str:
-    """A record as a line of JSON; in ASCII where it holds what is no valid Unicode."""
-    line = json.dumps(record, ensure_ascii=False)
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:
-        line = json.dumps(record)
-    return line + "\n"
-
-
-class ScoreFile(GenerationFile):
-    """A file of records with scores that can be continued by the run that began it; see `GenerationFile`."""
-
-    def append(self, records: Records) -> None:
-        """Add records, on disk before this returns."""
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.writelines(map(json_line, records))
-            file.flush()
-            os.fsync(file.fileno())
-        self.done += len(records)

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from rectify.command_line import say
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import sha256_of
-from rectify.scoring.records import ERROR, SCORES, Place, Record, ScoreFile, at, json_line, read_records
+from rectify.generation.output import GenerationFile, json_line, sha256_of
+from rectify.scoring.records import ERROR, SCORES, Place, Record, at, read_records
 from rectify.scoring.scores import Reason, Scorer, check_attributes
 from rectify.scoring.streams import gathered, parts
 from rectify.text_files import TEXT_COLUMN
@@ -189,7 +189,7 @@ def write_scores(
     file = None
     if output is not None:
         settings = {"scorer": scorer.name, "revision": scorer.revision, "attributes": asked, "inputs": inputs.digest()}
-        file = ScoreFile(output, settings)
+        file = GenerationFile(output, settings)
         _count_done(file, records, tally)
         if file.done:
             say(f"output: {file.path} holds {tally.texts} of {total} texts; going on from there")
@@ -206,7 +206,7 @@ def write_scores(
     return tally
 
 
-def _count_done(file: ScoreFile, records: Iterator[Record], tally: Tally) -> None:
+def _count_done(file: GenerationFile, records: Iterator[Record], tally: Tally) -> None:
     """Pass over the records that the file holds, and count them."""
     if not file.done:
         return

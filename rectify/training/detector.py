@@ -121,7 +121,8 @@ def train_detector(
     )
     results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     results |= trainer.evaluate()
-    figures = {name: results[f"eval_{name}"] for name in _names(labels) if f"eval_{name}" in results}
+    names = [_figure(labels, label, name) for label in labels for name in FIGURES]
+    figures = {name: results[f"eval_{name}"] for name in names if f"eval_{name}" in results}
     classifier.config.training = {
         **{name: value for name, value in asdict(settings).items() if name.startswith(("lora", "target"))},
         "texts": len(data),
@@ -175,9 +176,9 @@ def validation_figures(probability: np.ndarray, label: np.ndarray) -> dict[str, 
     return figures
 
 
-def _names(labels: Sequence[str]) -> list[str]:
-    """Of the figures; those of several labels begin with the label."""
-    return [name if len(labels) == 1 else f"{label}/{name}" for label in labels for name in FIGURES]
+def _figure(labels: Sequence[str], label: str, name: str) -> str:
+    """What a figure is called; those of several labels begin with the label."""
+    return name if len(labels) == 1 else f"{label}/{name}"
 
 
 def _compute_metrics(labels: Sequence[str], prediction: EvalPrediction) -> dict[str, float]:
@@ -189,7 +190,7 @@ def _compute_metrics(labels: Sequence[str], prediction: EvalPrediction) -> dict[
         known = ~np.isnan(truth[:, place])
         if known.any():
             found = validation_figures(probabilities[known, place], truth[known, place])
-            figures |= {name if len(labels) == 1 else f"{label}/{name}": value for name, value in found.items()}
+            figures |= {_figure(labels, label, name): value for name, value in found.items()}
     return figures
 
 
@@ -240,6 +241,13 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([item["labels"] for item in items])}
 
 
+def soft_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of `[B, L]` float32 logits with labels in [0, 1], averaged over those that are known (not NaN)."""
+    known = ~labels.isnan()
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.where(known, 0), reduction="none")
+    return loss.where(known, 0).sum() / known.sum().clamp_min(1)
+
+
 class _Training(nn.Module):
     """The classifier and its loss, in the form that `Trainer` expects."""
 
@@ -249,9 +257,7 @@ class _Training(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
         logits = self.classifier(input_ids, attention_mask)
-        known = ~labels.isnan()
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.where(known, 0), reduction="none")
-        return {"loss": loss.where(known, 0).sum() / known.sum().clamp_min(1), "logits": logits}
+        return {"loss": soft_label_loss(logits, labels), "logits": logits}
 
 
 def _early_stopping(settings: DetectorSettings, arguments: TrainingArguments) -> list[TrainerCallback]:
