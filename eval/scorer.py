@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from rectify.command_line import Parser, execute
-from rectify.evaluation.agreement import agreement
+from rectify.evaluation.agreement import agreement, agreement_table
 from rectify.generation.output import write_json
-from rectify.pocket.scorer import perspective_scores
 from rectify.scoring.load import load_scorer
+from rectify.scoring.score_tables import perspective_scores
 from rectify.scoring.scores import ATTRIBUTES
 
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     scorer = load_scorer(arguments.scorer)
-    rows = [(text, scores) for split, text, scores in perspective_scores(arguments.prompts) if split == arguments.split]
+    rows = perspective_scores(arguments.prompts, arguments.split)
     texts, theirs = [text for text, _ in rows], np.array([scores for _, scores in rows])
     attributes = [name for name in ATTRIBUTES if name in scorer.attributes]
     scorer.score(texts[:64], attributes)
@@ -57,12 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     print(f"{report['scorer']} {report['revision']}: {len(texts)} {arguments.split} texts, ", end="")
     print(f"{report['texts_per_second']:.0f} a second on {report['threads']} threads\n")
-    print("| attribute | n | Pearson | AUC | share ≥ .5, ours | theirs | greatest error of a tenth |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, found in report["attributes"].items():
-        figures = [found.get(key, float("nan")) for key in ("pearson", "auc", "share", "share_reference")]
-        print(f"| {name} | {found['n']} | " + " | ".join(f"{figure:.4f}" for figure in figures), end="")
-        print(f" | {found['tenths_error']:.4f} |")
+    print(agreement_table(report["attributes"]))
     if arguments.output:
         write_json(arguments.output, report)
 

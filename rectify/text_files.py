@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from rectify.errors import InvalidArgumentError, TrajectoryError
 
@@ -17,9 +16,6 @@ TEXT_COLUMN = "text"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LONGEST_CELL = 2**24  # characters; the csv module's own limit, 2**17, is below what long documents need
 _WORDS = {"true": 1.0, "false": 0.0}
-
-
-Row = TypeVar("Row")
 
 
 class LabelledText(NamedTuple):
@@ -84,21 +80,6 @@ def one_a_file(name: str, columns: Sequence[str], files: int) -> list[str]:
             f"{name} is given {len(columns)} times for {files} files: give it once for all, or once for each file"
         )
     return list(columns) * files if len(columns) == 1 else list(columns)
-
-
-def split_by_hash(rows: Sequence[Row], share: float, key: Callable[[Row], str]) -> tuple[list[Row], list[Row]]:
-    """Training and validation rows, by the SHA-256 of each row's key, so that equal keys stay together.
-
-    Raises:
-        InvalidArgumentError: `share`, that of validation, is not between 0 and 1.
-    """
-    if not 0 < share < 1:
-        raise InvalidArgumentError(f"validation_share is {share}: give a share above 0 and below 1")
-    parts: tuple[list[Row], list[Row]] = ([], [])
-    for row in rows:
-        digest = hashlib.sha256(key(row).encode()).digest()
-        parts[int.from_bytes(digest[:8], "big") < share * 2**64].append(row)
-    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from rectify.evaluation.effect_display import curves, markdown_table, plot_curve
 from rectify.evaluation.fluency import continuation_nll, distinct_n, rectified_nll
 from rectify.evaluation.judging import ProcessJudge, toxicity
 from rectify.evaluation.toxicity_prompts import choose, clean_texts, read_scored
-from rectify.pocket.texts import split_of
+from rectify.splits import split_of
 from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
 from rectify.vocabulary import Fingerprint
 

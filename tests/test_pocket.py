@@ -9,8 +9,9 @@ from rectify import DeadEndQNetwork, checkpoint_folder, load_language_model, tok
 from rectify.detectors import ToxicityClassifier
 from rectify.hub import POCKET
 from rectify.pocket.reward_model import WordToxicity, labelled_rows
-from rectify.pocket.texts import LabelledText, read_fragments, read_texts, split_of
+from rectify.pocket.texts import LabelledText, read_fragments, read_texts
 from rectify.pocket.trajectories import cut_texts, whole_texts
+from rectify.splits import split_of
 
 
 def test_the_bundle_is_small_and_holds_no_pickles():

@@ -9,7 +9,7 @@ import torch
 from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.evaluation.agreement import agreement
 from rectify.pocket import scorer as recipe
-from rectify.pocket.texts import pieces, split_of
+from rectify.pocket.texts import pieces
 from rectify.scoring import ATTRIBUTES, Reason, UnknownAttributeError
 from rectify.scoring.pocket import PocketScorer, ScorerConfig
 
@@ -90,29 +90,6 @@ def test_what_is_no_scorer_is_refused(make_scorer, tmp_path):
 # --- the recipe
 
 
-def test_perspective_scores_are_read_with_their_split(tmp_path):
-    def part(text, toxicity):
-        return {"text": text, **{name.lower(): toxicity for name in ATTRIBUTES}}
-
-    records = [
-        {
-            "filename": str(number),
-            "begin": 0,
-            "end": 9,
-            "prompt": part(f"prompt {number}", 0.25),
-            "continuation": part(" ", 0.5) if number % 2 else part(f"rest {number}", None),
-        }
-        for number in range(30)
-    ]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    found = list(recipe.perspective_scores(tmp_path / "prompts.jsonl"))
-    # blank texts, and those without any score, are left out
-    assert [text for _, text, _ in found] == [f"prompt {number}" for number in range(30)]
-    assert all(split == split_of(f"{text.split()[1]}:0:9") for split, text, _ in found)
-    assert {split for split, _, _ in found} == {"train", "validation", "test"}
-    assert found[0][2] == [0.25] * 8
-
-
 def test_pieces_are_runs_of_words():
     text = " ".join(f"w{number}" for number in range(500))
     found = pieces([text], 22, 10, seed=1)
@@ -125,7 +102,7 @@ def test_calibration_brings_scores_to_the_scale_of_the_reference(make_scorer):
     scorer = make_scorer()
     texts = [f"{word} {number}" for number in range(60) for word in ("day", "idiot", "nice all of")]
     raw = scorer.raw_scores(texts)
-    truth = raw**2  # a monotone map of each attribute
+    truth = 1 / (1 + np.exp(1 - 0.5 * np.log(raw / (1 - raw))))  # a logistic map of each attribute
     truth[3, 1] = np.nan
     recipe.calibrate(scorer, list(zip(texts, truth.tolist(), strict=True)))
     found = scorer.score(texts, ATTRIBUTES).values

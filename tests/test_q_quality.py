@@ -26,7 +26,7 @@ from rectify.evaluation.q_quality import (
     write_report,
 )
 from rectify.evaluation.q_quality_display import markdown_tables
-from rectify.pocket.texts import split_of
+from rectify.splits import split_of
 from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
 from rectify.training.q_metrics import value_metrics
 from rectify.vocabulary import Fingerprint

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from rectify.errors import InvalidArgumentError, TrajectoryError
-from rectify.text_files import LabelledText, one_a_file, read_labelled_texts, read_texts, split_by_hash
+from rectify.splits import split_by_hash
+from rectify.text_files import LabelledText, one_a_file, read_labelled_texts, read_texts
 
 
 def test_texts(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,3 +42,16 @@ def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
     figures["tenths"] = [[float(ours[part].mean()), float(theirs[part].mean())] for part in parts]
     figures["tenths_error"] = max(abs(mine - other) for mine, other in figures["tenths"])
     return figures
+
+
+def agreement_table(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """The `agreement` of each attribute as a Markdown table."""
+    lines = [
+        "| attribute | n | Pearson | AUC | share ≥ .5, ours | theirs | greatest error of a tenth |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    columns = ("pearson", "auc", "share", "share_reference", "tenths_error")
+    for name, found in figures.items():
+        cells = [f"{found.get(column, float('nan')):.4f}" for column in columns]
+        lines.append(f"| {' | '.join([name, str(found['n']), *cells])} |")
+    return "\n".join(lines)

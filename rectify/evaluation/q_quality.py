@@ -30,9 +30,9 @@ from rectify.evaluation.effect import weights_digest
 from rectify.evaluation.toxicity_prompts import TOXIC
 from rectify.generation.prompts import read_prompts_file
 from rectify.hub import load_language_model
-from rectify.pocket.texts import split_of
 from rectify.q_network import DeadEndQNetwork, token_risks
 from rectify.risk_model import RiskModel
+from rectify.splits import split_of
 from rectify.static_risk import StaticTokenRisk
 from rectify.text_files import TEXT_COLUMN, read_labelled_texts, read_texts
 from rectify.training.q_metrics import FRACTIONS, value_metrics

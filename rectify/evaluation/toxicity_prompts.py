@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from rectify.errors import InvalidArgumentError, PromptError
 from rectify.generation.prompts import Prompt, read_prompts_file
-from rectify.pocket.texts import record_key, split_of
+from rectify.splits import record_key, split_of
 
 TOXIC = 0.5
 """Least Perspective toxicity of a toxic prompt."""

@@ -11,15 +11,13 @@ killed run goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from sklearn.isotonic import IsotonicRegression
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.utils.data import Dataset
@@ -33,10 +31,12 @@ from transformers import (
 
 from rectify.detectors import ToxicityClassifier
 from rectify.pocket.language_model import train_or_resume, training_arguments
-from rectify.pocket.texts import pieces, read_texts, record_key, split_of
+from rectify.pocket.texts import pieces, read_texts
 from rectify.scoring.pocket import PocketScorer, ScorerConfig
+from rectify.scoring.score_tables import perspective_scores
 from rectify.scoring.scores import ATTRIBUTES
 from rectify.training.detector import DetectorSettings, collate, soft_label_loss, train_detector
+from rectify.training.score_calibration import calibration_curve
 from rectify.training.trainer import AdapterTrainer
 
 logger = logging.getLogger(__name__)
@@ -45,20 +45,9 @@ VOCABULARY = 8192
 MAX_LENGTH = 64
 GOLD_WEIGHT = 4
 _LONGEST_PIECE = 22  # words, as in RealToxicityPrompts
-_KNOTS = np.linspace(0, 1, 41)
+_CUTS = 2  # of each text
 
 Table = list[tuple[str, list[float]]]
-
-
-def perspective_scores(prompts: Path) -> Iterator[tuple[str, str, list[float]]]:
-    """Split, text and Perspective's scores, NaN where one is missing, of prompts and continuations."""
-    with prompts.open(encoding="utf-8") as file:
-        for record in map(json.loads, file):
-            split = split_of(record_key(record))
-            for part in (record["prompt"], record["continuation"]):
-                scores = [part.get(name.lower()) for name in ATTRIBUTES]
-                if part["text"].strip() and any(score is not None for score in scores):
-                    yield split, part["text"], [float("nan") if score is None else score for score in scores]
 
 
 def train_teacher(backbone: str, train: Table, validation: Table, folder: Path, seed: int) -> ToxicityClassifier:
@@ -112,16 +101,18 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def small_encoder() -> BertForSequenceClassification:
-    """A BERT of 1.7 M parameters: 3.5 MB in bfloat16."""
+    """A BERT of 1.9 M parameters: 3.7 MB in bfloat16."""
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
-        intermediate_size=384,
+        intermediate_size=512,
         max_position_embeddings=MAX_LENGTH,
         type_vocab_size=1,
         pad_token_id=0,
+        hidden_dropout_prob=0.0,  # it imitates; its labels are not noise
+        attention_probs_dropout_prob=0.0,
         problem_type="multi_label_classification",
         id2label=dict(enumerate(ATTRIBUTES)),
         label2id={name: place for place, name in enumerate(ATTRIBUTES)},
@@ -182,17 +173,12 @@ def train_student(
 
 
 def calibrate(scorer: PocketScorer, table: Table) -> None:
-    """Bring each attribute to Perspective's scale: the isotonic fit to these texts, at 41 knots."""
+    """Bring each attribute to Perspective's scale."""
     raw = scorer.raw_scores([text for text, _ in table])
     truth = np.array([row for _, row in table])
     for place, attribute in enumerate(scorer.attributes):
         known = ~np.isnan(truth[:, place])
-        fit = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(raw[known, place], truth[known, place])
-        knots = np.unique(np.quantile(raw[known, place], _KNOTS))
-        scorer.config.calibration[attribute] = [
-            [round(float(x), 5) for x in (0, *knots, 1)],
-            [round(float(y), 5) for y in fit.predict(np.array([0, *knots, 1]))],
-        ]
+        scorer.config.calibration[attribute] = calibration_curve(raw[known, place], truth[known, place])
 
 
 def main() -> None:
@@ -201,24 +187,26 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder per data set")
     parser.add_argument("--teacher", required=True, help="sentence encoder: folder or Hub id")
     parser.add_argument("--output", type=Path, required=True, help="folder for the scorer and the checkpoints")
-    parser.add_argument("--pieces", type=int, default=200_000, help="unlabelled pieces (default: %(default)s)")
-    parser.add_argument("--epochs", type=float, default=4.0, help="of the small encoder (default: %(default)s)")
+    parser.add_argument("--pieces", type=int, default=400_000, help="unlabelled pieces (default: %(default)s)")
+    parser.add_argument("--epochs", type=float, default=6.0, help="of the small encoder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    scored = list(perspective_scores(arguments.data / "realtoxicityprompts" / "prompts.jsonl"))
-    train, validation = (
-        [(text, row) for split, text, row in scored if split == part] for part in ("train", "validation")
-    )
+    prompts = arguments.data / "realtoxicityprompts" / "prompts.jsonl"
+    train, validation = perspective_scores(prompts, "train"), perspective_scores(prompts, "validation")
     teacher = train_teacher(arguments.teacher, train, validation, output / "scorer_teacher", arguments.seed)
-    unlabelled = pieces(
-        (text.text for text in read_texts(arguments.data) if text.split == "train"),
-        _LONGEST_PIECE,
-        arguments.pieces,
-        arguments.seed,
-    )
+    texts = [text for text in read_texts(arguments.data) if text.split == "train"]
+    # the kind of text that it is made for, cut in more ways
+    own = [text for text in texts if text.source == "realtoxicityprompts"]
+    unlabelled = [
+        piece
+        for cut in range(_CUTS)
+        for piece in pieces(
+            (text.text for text in texts + own * 4), _LONGEST_PIECE, arguments.pieces // _CUTS, arguments.seed + cut
+        )
+    ]
     labels = output / "scorer_labels.npy"
     if not labels.exists():
         # in bfloat16, which a CPU multiplies several times faster; the labels are soft anyway

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+
+from rectify.splits import record_key, split_of
 
 Split = Literal["train", "validation"]
 
@@ -31,17 +32,6 @@ class LabelledText:
     toxic: bool | None
     source: str
     split: Split
-
-
-def split_of(key: str) -> Literal["train", "validation", "test"]:
-    """The fixed split of a record by the SHA-256 of its key: one tenth is test, one tenth validation."""
-    remainder = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10
-    return {1: "test", 2: "validation"}.get(remainder, "train")  # type: ignore[return-value]
-
-
-def record_key(record: Mapping[str, Any]) -> str:
-    """The key of a RealToxicityPrompts record, by which it is split."""
-    return "{filename}:{begin}:{end}".format_map(record)
 
 
 def pieces(texts: Iterable[str], longest: int, count: int, seed: int) -> list[str]:

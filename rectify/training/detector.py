@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from rectify.detectors.classifier import ToxicityClassifier, pad
 from rectify.errors import InvalidArgumentError, RectifyError
 from rectify.generation.output import write_json
 from rectify.training.running import checkpoint_to_resume
+from rectify.training.score_calibration import calibration_curve
 from rectify.training.trainer import AdapterTrainer, use_fast_attention
 
 RESULTS_FILE = "all_results.json"
@@ -51,6 +52,9 @@ class DetectorSettings:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "stop after so many evaluations without a better one, and keep the best"}
     )
+    calibration: Literal["none", "curve"] = field(
+        default="none", metadata={"help": "curve: bring the probabilities to the scale of the validation labels"}
+    )
 
     def __post_init__(self) -> None:
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
@@ -68,7 +72,7 @@ def train_detector(
     """Train a classifier and save it in `arguments.output_dir`; killed, the same call goes on from its checkpoint.
 
     Texts without a token are left out. The folder also gets `all_results.json`, and `training` of the classifier's
-    configuration what it was trained on and `validation_figures`.
+    configuration what it was trained on and `validation_figures`, those before calibration.
 
     Args:
         settings: what is trained.
@@ -120,7 +124,8 @@ def train_detector(
         callbacks=list(callbacks),
     )
     results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-    results |= trainer.evaluate()
+    predicted = trainer.predict(cast(Any, held), metric_key_prefix="eval")
+    results |= predicted.metrics or {}
     names = [_figure(labels, label, name) for label in labels for name in FIGURES]
     figures = {name: results[f"eval_{name}"] for name in names if f"eval_{name}" in results}
     classifier.config.training = {
@@ -134,6 +139,8 @@ def train_detector(
         "seed": arguments.seed,
         "validation": figures,
     }
+    if settings.calibration == "curve":
+        classifier.config.calibration = _curves(labels, predicted)
     if trainer.is_world_process_zero():
         folder = Path(str(arguments.output_dir))
         classifier.save_pretrained(folder)
@@ -183,15 +190,26 @@ def _figure(labels: Sequence[str], label: str, name: str) -> str:
 
 def _compute_metrics(labels: Sequence[str], prediction: EvalPrediction) -> dict[str, float]:
     """`validation_figures` of each label, in the form that `transformers.Trainer` calls."""
+    figures: dict[str, float] = {}
+    for label, probability, truth in _known(labels, prediction):
+        found = validation_figures(probability, truth)
+        figures |= {_figure(labels, label, name): value for name, value in found.items()}
+    return figures
+
+
+def _curves(labels: Sequence[str], prediction: Any) -> dict[str, list[list[float]]]:
+    """The calibration of each label that has been seen."""
+    return {label: calibration_curve(probability, truth) for label, probability, truth in _known(labels, prediction)}
+
+
+def _known(labels: Sequence[str], prediction: Any) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Each label, with the probabilities and labels of the texts for which it is known, if there are any."""
     probabilities = torch.as_tensor(np.asarray(prediction.predictions)).double().sigmoid().numpy()
     truth = np.asarray(prediction.label_ids)
-    figures: dict[str, float] = {}
     for place, label in enumerate(labels):
         known = ~np.isnan(truth[:, place])
         if known.any():
-            found = validation_figures(probabilities[known, place], truth[known, place])
-            figures |= {_figure(labels, label, name): value for name, value in found.items()}
-    return figures
+            yield label, probabilities[known, place], truth[known, place]
 
 
 def _scikit_learn() -> Any:

@@ -8,11 +8,11 @@ from typing import Any
 from transformers import TrainingArguments
 
 from rectify.command_line import DataclassParser, execute, say
-from rectify.text_files import TEXT_COLUMN, LabelledText, one_a_file, read_labelled_texts, split_by_hash
+from rectify.splits import split_by_hash
+from rectify.text_files import TEXT_COLUMN, LabelledText, one_a_file, read_labelled_texts
 from rectify.training.detector import DetectorSettings, train_detector
 
-# those of the flags of transformers.TrainingArguments that have another default here
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-4,
     "num_train_epochs": 3.0,
     "per_device_train_batch_size": 32,
@@ -25,6 +25,7 @@ _DEFAULTS: dict[str, Any] = {
     "dataloader_pin_memory": False,
     "report_to": "none",
 }
+"""The flags of `transformers.TrainingArguments` that have another default in trainings of classifiers."""
 
 
 @dataclass
@@ -74,7 +75,7 @@ def make_parser(prog: str) -> DataclassParser:
         description="Train a toxicity classifier: a LoRA adapter and a head on any causal or encoder backbone.",
         allow_abbrev=False,
     )
-    parser.set_defaults(**_DEFAULTS)
+    parser.set_defaults(**DEFAULTS)
     return parser
 
 

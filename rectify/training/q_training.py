@@ -24,8 +24,8 @@ from rectify.generation.output import write_json
 from rectify.heads import LowRankHead
 from rectify.hub import load_language_model, model_place
 from rectify.q_network import CONFIG_FILE, DeadEndQNetwork
+from rectify.splits import split_by_hash
 from rectify.static_risk import StaticTokenRisk
-from rectify.text_files import split_by_hash
 from rectify.training.plots import plot_training
 from rectify.training.q_arguments import DataArguments, LossArguments, ModelArguments
 from rectify.training.q_calibration import recalibrate

@@ -1,0 +1,56 @@
+"""Calibration of a classifier's probabilities to the labels of held-out texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rectify.errors import RectifyError
+
+_KNOTS = np.linspace(0, 1, 41)
+
+
+def calibration_curve(probability: np.ndarray, label: np.ndarray) -> list[list[float]]:
+    """A logistic curve, quadratic in the logit, as the knots of a piecewise linear map.
+
+    With three parameters it errs less on a thousand texts than an isotonic fit, which follows their noise.
+
+    Args:
+        probability: `[N]` in [0, 1].
+        label: `[N]` in [0, 1], soft or hard.
+
+    Returns:
+        `[probabilities, calibrated ones]`, both ascending, the first from 0 to 1, for `numpy.interp`.
+
+    Raises:
+        RectifyError: scikit-learn is not installed.
+    """
+    curve = _model()
+    given, wanted = probability.astype(np.float64), label.astype(np.float64)
+    # a share of each text is toxic, the rest of it is not
+    outcomes, shares = np.repeat((True, False), len(given)), np.concatenate((wanted, 1 - wanted))
+    counted = shares > 0
+    if len(set(outcomes[counted])) < 2:  # all labels are 0, or all are 1: nothing can be learnt of the scale
+        return [[0.0, 1.0], [0.0, 1.0]]
+    curve.fit(np.tile(given, 2)[counted, None], outcomes[counted], logisticregression__sample_weight=shares[counted])
+    knots = np.unique(np.quantile(given, _KNOTS).round(5))
+    values = np.maximum.accumulate(curve.predict_proba(knots[:, None])[:, 1]).round(5)
+    return [[0.0, *knots.tolist(), 1.0], [float(values[0]), *values.tolist(), float(values[-1])]]
+
+
+def _model() -> Any:
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import FunctionTransformer, PolynomialFeatures
+    except ImportError as error:
+        raise RectifyError("scikit-learn is not installed: pip install 'rectify[train]'") from error
+    return make_pipeline(
+        FunctionTransformer(_logit), PolynomialFeatures(2, include_bias=False), LogisticRegression(C=1e6)
+    )
+
+
+def _logit(probability: np.ndarray) -> np.ndarray:
+    inside = probability.clip(1e-4, 1 - 1e-4)
+    return np.log(inside / (1 - inside))
