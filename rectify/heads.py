@@ -72,20 +72,30 @@ class LowRankHead(nn.Module):
         return self.project(z), self.value(z)
 
     def risk_logits(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
-        """Logits of the risk `−Q`, float32: `[..., V]`, or `[...]` of one action each."""
+        """Logits of the risk `−Q`, float32: `[..., V]`, or those of `actions`, `[...]` or several, `[..., K]`."""
         state, value = self._state(hidden)
         if actions is None:
             return (self.tokens(state) + value).float()
-        chosen = (state * F.embedding(actions, self.tokens.weight)).sum(-1) + self.tokens.bias[actions]
-        return (chosen + value.squeeze(-1)).float()
+        return (
+            _of_tokens(self.tokens, state, actions)
+            .add(value if actions.ndim == hidden.ndim else value.squeeze(-1))
+            .float()
+        )
 
     def log_survival(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
-        """`log(1 + Q)`, float32 and exact to the last digits where `Q` is near −1: shapes as in `forward`."""
+        """`log(1 + Q)`, float32 and exact to the last digits where `Q` is near −1: shapes as in `risk_logits`."""
         return F.logsigmoid(-self.risk_logits(hidden, actions))
 
     def forward(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
-        """`Q` of `[..., hidden_size]` states, float32: `[..., V]`, or `[...]` for `actions` `[...]`."""
+        """`Q` of `[..., hidden_size]` states, float32: shapes as in `risk_logits`."""
         return -self.risk_logits(hidden, actions).sigmoid()
+
+
+def _of_tokens(layer: nn.Linear, state: Tensor, tokens: Tensor) -> Tensor:
+    """Some outputs of a layer: of `[..., width]` inputs and `[...]` or `[..., K]` tokens, in the latter's shape."""
+    weight, several = F.embedding(tokens, layer.weight), tokens.ndim == state.ndim
+    chosen = (weight @ state[..., None]).squeeze(-1) if several else (weight * state).sum(-1)
+    return chosen + layer.bias[tokens]
 
 
 class PublishedHead(nn.Module):
@@ -100,12 +110,9 @@ class PublishedHead(nn.Module):
         self.tokens = nn.Linear(2 * hidden_size, vocab_size)
 
     def forward(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
-        """`Q` of `[..., hidden_size]` states, float32: `[..., V]`, or `[...]` for `actions` `[...]`."""
+        """`Q` of `[..., hidden_size]` states, float32: `[..., V]`, or that of `actions`, `[...]` or `[..., K]`."""
         state = self.inner(hidden.to(self.inner.weight.dtype)).relu()
-        if actions is None:
-            q = self.tokens(state)
-        else:
-            q = (state * F.embedding(actions, self.tokens.weight)).sum(-1) + self.tokens.bias[actions]
+        q = self.tokens(state) if actions is None else _of_tokens(self.tokens, state, actions)
         return q.float().clamp(-1, 0)
 
     def log_survival(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:

@@ -14,8 +14,12 @@ from rectify.errors import InvalidArgumentError, VocabularyMismatchError
 from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.q_network import DeadEndQNetwork
 from rectify.risk_model import RiskModel
-from rectify.rule import Rectified, Rule, Tilt, rectify
+from rectify.rule import Rectified, Rule, Tilt, rectify, rectify_support, support_of
 from rectify.sampling import Sampling
+from rectify.trunk_tap import TrunkTap
+
+_SUPPORT = 8
+"""Where truncation leaves this part of the vocabulary or less, only that is valued."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,9 @@ class RectificationProcessor(LogitsProcessor):
         self.sampling = Sampling.resolve(model.generation_config if model is not None else None, **sampling)
         self._warpers = self.sampling.warpers(model.device if model is not None else q_network.device)
         self._truncates = self.sampling.truncates
-        self._memo = PrefixMemo(q_network, use_cache)
+        self._memo: PrefixMemo | TrunkTap = PrefixMemo(q_network, use_cache)
+        if model is not None and getattr(q_network, "trunk", None) is model.base_model:
+            self._memo = TrunkTap(q_network, model, use_cache)
         self._same_vocabulary = False
         if tokenizer is not None and q_network.config.vocabulary is not None:
             q_network.config.vocabulary.check(tokenizer)
@@ -116,7 +122,7 @@ class RectificationProcessor(LogitsProcessor):
         """A processor with the Q network of a folder, a bundled name or a Hub id, on the device of `model`."""
         model = arguments.get("model")
         device = model.device if model is not None else None
-        return cls(DeadEndQNetwork.from_pretrained(name, device=device), rule, **arguments)
+        return cls(DeadEndQNetwork.from_pretrained(name, device=device, model=model), rule, **arguments)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Around a call of `generate`
@@ -172,18 +178,37 @@ class RectificationProcessor(LogitsProcessor):
             InvalidArgumentError: the prefixes are empty or longer than the Q network's context, or the attention mask
                 is that of other prompts.
         """
+        hidden = self._last_hidden(input_ids, scores.shape[-1])
+        if hidden is None:
+            return scores
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        log_survival = self.next_token_log_survival(input_ids, scores.shape[-1]).to(scores.device)
         warped = self._warpers(cast(LongTensor, input_ids), cast(FloatTensor, scores))
-        result = rectify(warped, log_survival, self.rule, unwarped=scores if self._truncates else None)
+        width = scores.shape[-1]
+        support = support_of(warped, width // _SUPPORT) if self._truncates else None
+        if support is None:
+            log_survival = self._log_survival(hidden, None, width).to(scores.device)
+            result = rectify(warped, log_survival, self.rule, unwarped=scores if self._truncates else None)
+        else:
+
+            def of_some(rows: Tensor | None, tokens: Tensor | None) -> Tensor:
+                return self._log_survival(hidden if rows is None else hidden[rows], tokens, width).to(scores.device)
+
+            result = rectify_support(warped, support, of_some, self.rule, scores)
         self._count(result)
         return result.scores
 
     @torch.no_grad()
     def next_token_log_survival(self, input_ids: Tensor, vocab_size: int | None = None) -> Tensor:
         """`log(1 + Q)` of every token after each prefix: `[B, T]` ids to `[B, vocab_size]` float32."""
+        hidden = self._last_hidden(input_ids, vocab_size)
+        if hidden is None:
+            raise InvalidArgumentError("another model asks than the one whose hidden states the Q network reads")
+        return self._log_survival(hidden, None, vocab_size)
+
+    def _last_hidden(self, input_ids: Tensor, vocab_size: int | None) -> Tensor | None:
+        """The states after the prefixes, `[B, H]`; `None` where an assistant drafts, which is left alone."""
         self._check_width(vocab_size)
-        if not input_ids.shape[1]:
+        if not input_ids.shape[1] and not isinstance(self._memo, TrunkTap):
             raise InvalidArgumentError("input_ids are empty: give generate token ids, not inputs_embeds")
         real = self._real(input_ids)
         context = self.q_network.context
@@ -193,9 +218,19 @@ class RectificationProcessor(LogitsProcessor):
                 "generate fewer tokens, or use a Q network with a longer context"
             )
         prefixes = input_ids.masked_fill(~real, MASKED).to(self.q_network.device)
-        log_survival = self.q_network.head.log_survival(self._memo.last_hidden(prefixes))
+        return self._memo.last_hidden(prefixes)
+
+    def _log_survival(self, hidden: Tensor, tokens: Tensor | None, vocab_size: int | None) -> Tensor:
+        """`log(1 + Q)` in `[B, H]` states: `[B, vocab_size]`, or of `[B, K]` tokens."""
+        hidden = hidden.to(self.q_network.device)
+        own = self.q_network.config.vocab_size
         # rows that pad a model's embeddings stand for no token
-        extra = 0 if vocab_size is None else vocab_size - log_survival.shape[-1]
+        if tokens is not None:
+            tokens = tokens.to(hidden.device)
+            log_survival = self.q_network.head.log_survival(hidden, tokens.clamp_max(own - 1))
+            return log_survival if vocab_size == own else log_survival.masked_fill(tokens >= own, -torch.inf)
+        log_survival = self.q_network.head.log_survival(hidden)
+        extra = 0 if vocab_size is None else vocab_size - own
         return torch.nn.functional.pad(log_survival, (0, extra), value=-torch.inf) if extra else log_survival
 
     def _real(self, input_ids: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class QConfig:
         base_model: Hub id, folder or bundled name of the frozen trunk where only an adapter was trained; `None` where
             the whole trunk is saved.
         base_revision: revision of `base_model` on the Hub.
+        shared: the trunk is the generating model's own, untouched; only the head is trained and saved.
+        signature: a few of a shared trunk's weights, so that a head is not read with another model.
         vocabulary: fingerprint of the tokenizer, or `None` where it is not known.
         training: free-form record of how the weights came to be.
     """
@@ -54,6 +56,8 @@ class QConfig:
     base_rate: float = 0.1
     base_model: str | None = None
     base_revision: str | None = None
+    shared: bool = False
+    signature: list[float] | None = None
     vocabulary: Fingerprint | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -81,10 +85,15 @@ class DeadEndQNetwork(nn.Module):
         (torch.Size([1, 3, 8192]), True)
     """
 
+    trunk: PreTrainedModel | PeftModel
+
     def __init__(self, config: QConfig, trunk: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.config = config
-        self.trunk = trunk
+        if config.shared:  # borrowed: it is not moved, put into a mode, trained or saved with the head
+            object.__setattr__(self, "trunk", trunk)
+        else:
+            self.trunk = trunk
         if config.head == "published":
             self.head: LowRankHead | PublishedHead = PublishedHead(config.hidden_size, config.vocab_size)
         else:
@@ -105,6 +114,8 @@ class DeadEndQNetwork(nn.Module):
         trunk: PreTrainedModel,
         *,
         adapter: PeftConfig | None = None,
+        shared: bool = False,
+        name: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         rank: int = 64,
         mlp_size: int = 0,
@@ -117,6 +128,10 @@ class DeadEndQNetwork(nn.Module):
                 not copied: training the network trains it, and an adapter is put into it.
             adapter: a peft configuration: the trunk is frozen, and only adapter and head are trained and saved. Its
                 `base_model_name_or_path`, else the trunk's own name, says where to find the trunk again.
+            shared: the trunk stays as it is, and its last hidden states, which the output embedding reads, feed the
+                head; while the same model generates, they cost nothing.
+            name: where a shared trunk is found again (default: its own name); without one, `from_pretrained` needs
+                the model.
             tokenizer: whose vocabulary is recorded, so that a model of another one is refused.
             rank, mlp_size, base_rate: see `QConfig`.
         """
@@ -130,6 +145,12 @@ class DeadEndQNetwork(nn.Module):
             base_rate=base_rate,
             vocabulary=Fingerprint.of(tokenizer) if tokenizer is not None else None,
         )
+        if shared:
+            if adapter is not None:
+                raise InvalidArgumentError("adapter is given with shared=True: a shared trunk stays as it is")
+            config.shared, config.signature = True, signature(cast(PreTrainedModel, body))
+            config.base_model = name or trunk.name_or_path or None
+            config.base_revision = getattr(trunk.config, "_commit_hash", None)
         if adapter is not None:
             config.base_model = adapter.base_model_name_or_path or trunk.name_or_path
             config.base_revision = adapter.revision
@@ -154,6 +175,7 @@ class DeadEndQNetwork(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
         is_trainable: bool = False,
+        model: PreTrainedModel | None = None,
     ) -> DeadEndQNetwork:
         """Load a network from a folder, a bundled name (`"pocket-q"`) or a Hub id, in evaluation mode.
 
@@ -163,9 +185,10 @@ class DeadEndQNetwork(nn.Module):
             dtype: of the weights; values are float32 whatever it is.
             device: where to put it.
             is_trainable: keep the adapter apart from the trunk; otherwise it is folded in, which is faster.
+            model: the model that a shared trunk belongs to; without it the trunk is loaded a second time.
 
         Raises:
-            CheckpointError: nothing usable is there.
+            CheckpointError: nothing usable is there, or `model` is not the one that a shared head was trained on.
         """
         folder = checkpoint_folder(name, revision)
         if not (folder / CONFIG_FILE).exists():
@@ -173,7 +196,10 @@ class DeadEndQNetwork(nn.Module):
         try:
             config = QConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
             weights = load_file(folder / HEAD_FILE)
-            if config.base_model is None:
+            trunk: PreTrainedModel | PeftModel
+            if config.shared:
+                trunk = _shared_trunk(config, model, dtype, device)
+            elif config.base_model is None:
                 trunk = AutoModel.from_pretrained(folder / TRUNK_FOLDER, dtype=dtype, use_safetensors=True)
             else:
                 base = model_place(config.base_model, config.base_revision)
@@ -192,11 +218,13 @@ class DeadEndQNetwork(nn.Module):
         return network.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write configuration, head, and the trunk (or only its adapter) to a folder."""
+        """Write configuration, head, and the trunk (or only its adapter; nothing of a shared one) to a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2, ensure_ascii=False) + "\n")
         save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / HEAD_FILE)
+        if self.config.shared:
+            return
         if isinstance(self.trunk, PeftModel):
             # the embeddings are the trunk's; asked to decide by itself, peft would look the trunk up on the Hub
             self.trunk.save_pretrained(str(folder / ADAPTER_FOLDER), save_embedding_layers=False)
@@ -261,6 +289,39 @@ class DeadEndQNetwork(nn.Module):
         real = attention_mask.bool()
         follows = torch.nn.functional.pad(real[:, :-1], (1, 0)) & real
         return values.masked_fill(~follows, torch.nan)
+
+
+@torch.no_grad()
+def signature(trunk: PreTrainedModel) -> list[float] | None:
+    """32 of a trunk's weights, from its last matrix, with three digits; `None` where they are quantised."""
+    weight = [parameter for parameter in trunk.parameters() if parameter.ndim == 2][-1]
+    if not weight.is_floating_point():
+        return None
+    places = torch.linspace(0, weight.numel() - 1, 32, dtype=torch.float64).long().to(weight.device)
+    return [float(f"{value:.3g}") for value in weight.flatten()[places].tolist()]
+
+
+def _shared_trunk(
+    config: QConfig, model: PreTrainedModel | None, dtype: torch.dtype, device: str | torch.device | None
+) -> PreTrainedModel:
+    """The trunk of the model, if it is the right one; without a model, a copy of its own."""
+    if model is None:
+        if config.base_model is None:
+            raise CheckpointError("its trunk is that of a model without a name: pass model=")
+        place = model_place(config.base_model, config.base_revision)
+        trunk = AutoModel.from_pretrained(place, dtype=dtype, revision=config.base_revision or "main").to(device).eval()
+    else:
+        trunk = model.base_model
+    found = signature(trunk)
+    if config.signature is not None and found is not None:
+        wanted = torch.tensor(config.signature)
+        # as near as half precision keeps weights
+        if not torch.allclose(torch.tensor(found), wanted, rtol=0.02, atol=0.01 * float(wanted.abs().mean())):
+            raise CheckpointError(
+                f"the head was trained on the hidden states of {config.base_model!r}, and the model given has other "
+                "weights: give that model, or train a head for this one"
+            )
+    return trunk
 
 
 @torch.no_grad()

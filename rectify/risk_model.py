@@ -28,7 +28,7 @@ class RiskHead(Protocol):
     """From states to values."""
 
     def log_survival(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
-        """`log(1 + Q)` of `[..., H]` states, float32: `[..., V]`, or `[...]` for `actions` `[...]`."""
+        """`log(1 + Q)` of `[..., H]` states, float32: `[..., V]`, or that of `actions`, `[...]` or `[..., K]`."""
 
 
 class RiskModel(Protocol):

@@ -16,6 +16,7 @@ that.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -294,27 +295,105 @@ def rectify(scores: Tensor, log_survival: Tensor, rule: Rule, unwarped: Tensor |
     dtype = torch.promote_types(torch.promote_types(scores.dtype, log_survival.dtype), torch.float32)
     scores, log_survival = scores.to(dtype), log_survival.to(dtype)
     log_policy = _normalise(scores)
-    result = rule.apply(log_policy, log_survival)
-    log_rectified, capped, changed = result.log_policy, result.capped, result.changed
-    widened = dead_end = torch.zeros_like(changed)
-    if not rule.always_feasible and not result.feasible.all():
-        rows = (~result.feasible).nonzero().squeeze(-1)
-        log_whole = log_policy[rows] if unwarped is None else _normalise(unwarped[rows].to(dtype))
-        whole = rule.apply(log_whole, log_survival[rows])
-        fallback = _normalise(log_survival[rows].clamp_min(math.log(rule.p_min)).add_(log_whole))
-        chosen = torch.where(whole.feasible[:, None], whole.log_policy, fallback)
-        log_rectified = log_rectified.index_copy(0, rows, chosen)
-        capped = capped.index_copy(0, rows, torch.where(whole.feasible, whole.capped, 0))
-        changed = changed | ~result.feasible
-        dead_end = dead_end.index_copy(0, rows, ~whole.feasible)
-        widened = widened.index_copy(0, rows, whole.feasible)
-    overlap = torch.minimum(log_policy, log_rectified).exp_().sum(-1)
+    reshaped = rule.apply(log_policy, log_survival)
+    result = _answer(scores, log_policy, reshaped)
+    rows = _infeasible(rule, reshaped)
+    if rows is None:
+        return result
+    whole = None if unwarped is None else unwarped[rows].to(dtype)
+    return _replaced(result, rows, _widen(scores[rows], log_survival[rows], rule, whole))
+
+
+class Support(NamedTuple):
+    """The tokens that truncation left of each policy.
+
+    Attributes:
+        tokens: `[B, K]` int64, K the size of the largest; shorter rows are filled up with any id.
+        real: `[B, K]` bool, False where a row is filled up.
+    """
+
+    tokens: Tensor
+    real: Tensor
+
+
+def support_of(scores: Tensor, largest: int) -> Support | None:
+    """The tokens of `[B, V]` scores that are not `-inf`; `None` where a row has more than `largest`."""
+    kept = scores > -math.inf
+    counts = kept.sum(-1)
+    size = int(counts.max())
+    if not 0 < size <= largest:
+        return None
+    rows, columns = kept.nonzero(as_tuple=True)
+    places = torch.arange(len(rows), device=scores.device) - (counts.cumsum(0) - counts)[rows]
+    tokens = columns.new_zeros(len(scores), size).index_put_((rows, places), columns)
+    return Support(tokens, torch.arange(size, device=scores.device) < counts[:, None])
+
+
+def rectify_support(
+    scores: Tensor, support: Support, log_survival: Callable[[Tensor | None, Tensor | None], Tensor], rule: Rule,
+    unwarped: Tensor,
+) -> Rectified:  # fmt: skip
+    """`rectify` of truncated policies, in which the risk of the tokens that are left is all that is asked for.
+
+    Args:
+        scores: `[B, V]` after the warpers, float32 or better.
+        support: of the scores.
+        log_survival: `log(1 + Q)`. Of `(None, tokens)`, `[B, K]`, that of these tokens; of `(rows, None)`, `[R]`, that
+            of the whole vocabulary in these rows, `[R, V]`, asked for where truncation left no feasible policy.
+        rule, unwarped: as in `rectify`.
+    """
+    left = scores.gather(-1, support.tokens).masked_fill_(~support.real, -math.inf)
+    log_policy = _normalise(left)
+    survival = log_survival(None, support.tokens).to(left.dtype)
+    reshaped = rule.apply(log_policy, survival.masked_fill(~support.real, 0))
+    result = _answer(left, log_policy, reshaped)
+    whole = torch.full_like(scores, -math.inf)
+    rows, places = support.real.nonzero(as_tuple=True)
+    whole[rows, support.tokens[rows, places]] = result.scores[rows, places]
+    result = result._replace(scores=whole)
+    infeasible = _infeasible(rule, reshaped)
+    if infeasible is None:
+        return result
+    survival = log_survival(infeasible, None).to(left.dtype)
+    return _replaced(result, infeasible, _widen(scores[infeasible], survival, rule, unwarped[infeasible]))
+
+
+def _answer(scores: Tensor, log_policy: Tensor, reshaped: Reshaped) -> Rectified:
+    """What a rule that was feasible made of scores, of which `log_policy` is the normalised form."""
+    overlap = torch.minimum(log_policy, reshaped.log_policy).exp_().sum(-1)
     # Beam search compares rows, so the normaliser of log-probabilities is kept; that of raw logits is dropped.
     normaliser = (scores.amax(-1) - log_policy.amax(-1))[:, None]
     shift = normaliser.masked_fill(normaliser.abs() > _COMPARABLE, 0)
-    rectified = torch.where(changed[:, None], log_rectified + shift, scores)
-    moved = torch.where(changed, (1 - overlap).clamp_(0, 1), 0)
-    return Rectified(rectified, capped, moved, widened, dead_end)
+    rectified = torch.where(reshaped.changed[:, None], reshaped.log_policy + shift, scores)
+    moved = torch.where(reshaped.changed, (1 - overlap).clamp_(0, 1), 0)
+    none = torch.zeros_like(reshaped.changed)
+    return Rectified(rectified, reshaped.capped, moved, none, none)
+
+
+def _infeasible(rule: Rule, reshaped: Reshaped) -> Tensor | None:
+    """The rows that hold no policy, `[R]`; `None` where there are none."""
+    if rule.always_feasible or bool(reshaped.feasible.all()):
+        return None
+    return (~reshaped.feasible).nonzero().squeeze(-1)
+
+
+def _widen(scores: Tensor, log_survival: Tensor, rule: Rule, unwarped: Tensor | None) -> Rectified:
+    """Rows whose truncated policy is infeasible: the rule on the whole policy, or the answer to a dead end."""
+    log_policy = _normalise(scores)
+    log_whole = log_policy if unwarped is None else _normalise(unwarped)
+    whole = rule.apply(log_whole, log_survival)
+    fallback = _normalise(log_survival.clamp_min(math.log(rule.p_min)).add_(log_whole))
+    chosen = whole._replace(
+        log_policy=torch.where(whole.feasible[:, None], whole.log_policy, fallback),
+        capped=torch.where(whole.feasible, whole.capped, 0),
+        changed=torch.ones_like(whole.changed),
+    )
+    return _answer(scores, log_policy, chosen)._replace(widened=whole.feasible, dead_end=~whole.feasible)
+
+
+def _replaced(result: Rectified, rows: Tensor, by: Rectified) -> Rectified:
+    pairs = zip(result, by, strict=True)
+    return Rectified(*(whole.index_copy(0, rows, part.to(whole.dtype)) for whole, part in pairs))
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

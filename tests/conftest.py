@@ -110,17 +110,25 @@ def q_networks(make_q_network):
 
 
 class StubHead(nn.Module):
-    """A head of given values, one row for each row of the batch, or one for all."""
+    """A head of given values, one row for each row of the batch, or one for all; its states are the rows' numbers."""
 
     def __init__(self, values):
         super().__init__()
         self.values = values
 
     def forward(self, hidden, actions=None):
-        return self.values.expand(*hidden.shape[:-1], -1)
+        table = self.values.reshape(-1, self.values.shape[-1])
+        values = table[hidden[..., 0].long() % len(table)]
+        return values if actions is None else values.gather(-1, actions)
 
     def log_survival(self, hidden, actions=None):
-        return self(hidden).log1p()
+        return self(hidden, actions).log1p()
+
+
+class StubNetwork(DeadEndQNetwork):
+    def encode(self, input_ids, attention_mask=None, cache=None):
+        rows = torch.arange(len(input_ids), dtype=torch.float32)
+        return rows[:, None, None].expand(-1, input_ids.shape[1], 1)
 
 
 @pytest.fixture
@@ -128,7 +136,7 @@ def with_values(q_network):
     """`with_values(values)`: a Q network of these values after every prefix."""
 
     def make(values):
-        stub = DeadEndQNetwork(q_network.config, q_network.trunk)
+        stub = StubNetwork(q_network.config, q_network.trunk)
         stub.head = StubHead(values)
         return stub
 
