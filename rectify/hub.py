@@ -12,7 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 
-POCKET = {"pocket": "lm", "pocket-q": "q", "pocket-reward": "reward", "pocket-scorer": "scorer"}
+POCKET = {
+    "pocket": "lm",
+    "pocket-q": "q",
+    "pocket-q-shared": "q_shared",
+    "pocket-reward": "reward",
+    "pocket-scorer": "scorer",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

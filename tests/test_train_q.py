@@ -12,7 +12,9 @@ from transformers import TrainerCallback
 
 from rectify import DeadEndQNetwork
 from rectify.errors import TrajectoryError
+from rectify.hub import load_language_model
 from rectify.training import q_training
+from rectify.training.hidden_states import CachedStates
 from rectify.training.q_calibration import recalibrate
 from rectify.training.q_command import main
 from rectify.training.q_metrics import network_logits, network_risks, value_metrics
@@ -158,7 +160,14 @@ class _Kill(TrainerCallback):
             raise _Killed
 
 
-@pytest.mark.parametrize("flags", [("--td_lambda", "0.5"), ("--lora_r", "2", "--td_lambda", "0.5")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--td_lambda", "0.5"),
+        ("--lora_r", "2", "--td_lambda", "0.5"),
+        ("--trunk", "shared", "--mlp_size", "8", "--td_lambda", "0.5"),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(folder, flags, monkeypatch):
     flags = [*flags, "--save_strategy", "steps", "--save_steps", "4"]
     assert run(folder, "whole", *flags) == 0
@@ -186,6 +195,47 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, flags, monkeypatch):
     assert curves[0] == curves[1]
 
 
+def test_a_head_is_trained_on_the_models_own_states(folder):
+    flags = ("--trunk", "shared", "--mlp_size", "16", "--num_train_epochs", "30", "--learning_rate", "1e-2")
+    assert run(folder, "q", *flags) == 0
+    files = {path.name for path in (folder / "q").iterdir() if path.is_file()}
+    assert {"q_config.json", "head.safetensors", "all_results.json"} <= files
+    assert not [name for name in files if name.startswith("states")]
+    assert not (folder / "q" / "trunk").exists()
+    model, _ = load_language_model(str(folder / "lm"))
+    network = DeadEndQNetwork.from_pretrained(folder / "q", model=model)
+    assert network.trunk is model.base_model
+    assert json.loads((folder / "q" / "all_results.json").read_text())["eval_auc_100"] > 0.9
+
+
+def test_cached_states_are_those_of_the_trunk_and_go_on_after_a_kill(folder, make_model, make_tokenizer, spy):
+    network = DeadEndQNetwork.from_trunk(make_model("gpt2"), shared=True)
+    trajectories = TrajectoryDataset(read_trajectories([folder / "train.jsonl"]), make_tokenizer(), 64)
+    runs = spy(network)
+    whole = CachedStates(network, trajectories, folder / "a.bin", "key", batch_size=8, progress=False)
+    assert len(runs) == 8
+    for index in (0, 7, 59):
+        ids = torch.tensor([whole[index]["input_ids"]])
+        with torch.no_grad():
+            expected = network.encode(ids)[0]
+        assert torch.allclose(whole[index]["hidden"].float(), expected, rtol=0.01, atol=0.01)
+    batch = collate([whole[3], whole[4]])
+    assert batch["hidden"].shape == (*batch["input_ids"].shape, 32)
+    # as if killed after three batches, the rest not yet written
+    beside = folder / "a.json"
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"done": 3}))
+    before = (folder / "a.bin").read_bytes()
+    del runs[:]
+    CachedStates(network, trajectories, folder / "a.bin", "key", batch_size=8, progress=False)
+    assert len(runs) == 5
+    assert (folder / "a.bin").read_bytes() == before
+    del runs[:]
+    CachedStates(network, trajectories, folder / "a.bin", "another", batch_size=8, progress=False).remove()
+    assert len(runs) == 8
+    assert not (folder / "a.bin").exists()
+    assert not beside.exists()
+
+
 def test_a_checkpoint_holds_no_frozen_weights(folder):
     assert run(folder, "q", "--lora_r", "2", "--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1") == 0
     names = load_file(folder / "q" / "checkpoint-1" / "model.safetensors").keys()
@@ -209,6 +259,7 @@ def test_foreign_and_finished_folders_are_refused(folder, capsys):
         (("--q_min", "0"), "q_min is 0.0 and q_max 0.0"),
         (("--behavior_model", "gpt2"), "Monte Carlo asks no policy"),
         (("--rank", "0"), "rank is 0"),
+        (("--trunk", "shared", "--lora_r", "2"), "lora_r is 2 with trunk 'shared'"),
         (("--block_size", "1"), "block_size is 1"),
         (("--no_such_flag",), "no_such_flag"),
         (("--train_file", "none.jsonl"), "none.jsonl' cannot be read"),

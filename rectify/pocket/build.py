@@ -4,7 +4,7 @@
 
 `DATA` holds one folder per data set (see `rectify.pocket.texts`). Stages whose result lies in `OUTPUT` are skipped, and
 an interrupted training goes on from its last checkpoint, so the same command restarts a killed run. `OUTPUT/lm`,
-`OUTPUT/reward` and `OUTPUT/q` are what `rectify/pocket` holds.
+`OUTPUT/reward`, `OUTPUT/q` and `OUTPUT/q_shared` are what `rectify/pocket` holds.
 """
 
 from __future__ import annotations
@@ -59,9 +59,14 @@ def main() -> None:
     if not (output / "reward" / "detector_config.json").exists():
         rows = labelled_rows(texts, list(read_fragments(arguments.data)), arguments.seed)
         train_reward_model(output / "lm", *rows, output / "reward", arguments.reward_epochs, arguments.seed)
-    if not (output / "q" / "q_config.json").exists():
+    missing = [name for name in ("q", "q_shared") if not (output / name / "q_config.json").exists()]
+    if missing:
         files, held = build_data(texts, output, arguments.rollouts, arguments.seed)
-        train_pocket_q(output / "lm", files, held, output / "q", arguments.q_epochs, arguments.seed)
+        for name in missing:
+            shared = name == "q_shared"
+            # without a trunk to run, an epoch takes little
+            epochs = arguments.q_epochs * (3 if shared else 1)
+            train_pocket_q(output / "lm", files, held, output / name, epochs, arguments.seed, shared)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -17,6 +17,9 @@ from rectify.training.q_training import train_q_network
 
 logger = logging.getLogger(__name__)
 
+OWN: dict[str, Any] = {"rank": 64, "mlp_size": 256, "lora_r": 16}
+SHARED: dict[str, Any] = {"trunk": "shared", "rank": 96, "mlp_size": 1024}
+
 
 def train_pocket_q(
     language_model: Path,
@@ -25,16 +28,18 @@ def train_pocket_q(
     output: Path,
     epochs: float,
     seed: int,
+    shared: bool = False,
 ) -> None:
     """Train on trajectory files, recalibrate on validation rollouts, and save in bfloat16 under `output`.
 
-    The trunk is recorded as the bundled `"pocket"`.
+    The trunk is recorded as the bundled `"pocket"`; a shared one stays as it is.
     """
+    network_of = SHARED if shared else OWN
     work = output.with_name(output.name + ".work")
     held = [str(path) for path in rollouts]
     if not (work / CONFIG_FILE).exists():
         figures = train_q_network(
-            ModelArguments(str(language_model), rank=64, mlp_size=256, lora_r=16),
+            ModelArguments(str(language_model), **network_of),
             DataArguments(
                 train_file=[str(path) for path in train], validation_file=held, calibration_file=held, block_size=256
             ),
@@ -55,7 +60,8 @@ def train_pocket_q(
         logger.info("Q network: %s", figures)
     network = DeadEndQNetwork.from_pretrained(work, is_trainable=True)
     network.config.base_model = "pocket"
-    cast(PeftModel, network.trunk).peft_config["default"].base_model_name_or_path = "pocket"
+    if not shared:
+        cast(PeftModel, network.trunk).peft_config["default"].base_model_name_or_path = "pocket"
     network.config.training = {
         name: value for name, value in network.config.training.items() if not name.endswith(("_file", "_path"))
     }

@@ -14,6 +14,12 @@ class ModelArguments:
 
     model_name_or_path: str = field(metadata={"help": "causal model to start from: a folder, a Hub id or 'pocket'"})
     tokenizer_name: str | None = field(default=None, metadata={"help": "its tokenizer, if it lies elsewhere"})
+    trunk: Literal["own", "shared"] = field(
+        default="own",
+        metadata={
+            "help": "own: a trunk beside the generating model; shared: its own hidden states, untouched, and a head"
+        },
+    )
     rank: int = field(default=64, metadata={"help": "width of the head's token factors"})
     mlp_size: int = field(default=0, metadata={"help": "width of the head's residual MLP, 0 for none"})
     lora_r: int = field(default=0, metadata={"help": "rank of a LoRA adapter; 0 trains and saves the whole trunk"})
@@ -23,6 +29,8 @@ class ModelArguments:
         for name, least in (("rank", 1), ("mlp_size", 0), ("lora_r", 0)):
             if getattr(self, name) < least:
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)}: give {least} or more")
+        if self.trunk == "shared" and self.lora_r:
+            raise InvalidArgumentError(f"lora_r is {self.lora_r} with trunk 'shared', which stays as it is: give 0")
 
 
 @dataclass

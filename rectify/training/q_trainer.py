@@ -57,16 +57,24 @@ class QLearning(nn.Module):
         """The online head."""
         return cast(LowRankHead, self.network.head)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, counted: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        counted: Tensor,
+        labels: Tensor,
+        hidden: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Loss of a batch, and in evaluation the risk of each token.
 
         Args:
-            input_ids, attention_mask, counted, labels: see `trajectory_data.collate`.
+            input_ids, attention_mask, counted, labels, hidden: see `trajectory_data.collate`.
 
         Returns:
             `loss`, a scalar; in evaluation also `risks` `[B, T − 1]`, −100 where a token does not count.
         """
-        hidden = self.network.encode(input_ids, attention_mask)
+        if hidden is None:
+            hidden = self.network.encode(input_ids, attention_mask)
         actions = input_ids[:, 1:]
         taken = attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
         counted = counted[:, 1:] & taken

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig
+from torch import nn
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -26,6 +27,7 @@ from rectify.hub import load_language_model, model_place
 from rectify.q_network import CONFIG_FILE, DeadEndQNetwork
 from rectify.splits import split_by_hash
 from rectify.static_risk import StaticTokenRisk
+from rectify.training.hidden_states import CachedStates
 from rectify.training.plots import plot_training
 from rectify.training.q_arguments import DataArguments, LossArguments, ModelArguments
 from rectify.training.q_calibration import recalibrate
@@ -80,11 +82,21 @@ def train_q_network(
     table = StaticTokenRisk.fit(*train_set.columns, network.config.vocab_size)
     cast(LowRankHead, network.head).start_from_token_risks(table.risk.clamp(_LEAST_RISK, 1 - _LEAST_RISK))
     returns = {"td_lambda": loss.td_lambda, "gamma": loss.gamma, "q_min": loss.q_min, "q_max": loss.q_max}
+    learning = QLearning(network, **returns, loss=loss.loss, behavior_model=_behavior_model(loss, network))
+    states: dict[str, CachedStates] = {}
+    if model.trunk == "shared":
+        cast(nn.Module, network.trunk).to(arguments.device)
+        key = str([model.model_name_or_path, network.config.signature, *_digests(data), block_size, how])
+        with arguments.main_process_first(local=False):
+            for name, part in (("train", train_set), ("validation", validation_set)):
+                file = Path(str(arguments.output_dir)) / f"states-{name}.bin"
+                size = arguments.per_device_eval_batch_size
+                states[name] = CachedStates(network, part, file, key, size, not arguments.disable_tqdm)
     trainer = QTrainer(
-        model=QLearning(network, **returns, loss=loss.loss, behavior_model=_behavior_model(loss, network)),
+        model=learning,
         args=arguments,
-        train_dataset=train_set,
-        eval_dataset=validation_set,
+        train_dataset=states.get("train", train_set),
+        eval_dataset=states.get("validation", validation_set),
         data_collator=collate,
         compute_metrics=cast(Any, compute_metrics),
         callbacks=[PolyakCallback(loss.polyak_update_lr)],
@@ -109,6 +121,8 @@ def train_q_network(
             logger.info("curves: %s", folder / "training.png")
         write_json(folder / RESULTS_FILE, figures)
         network.save_pretrained(folder)
+        for cached in states.values():
+            cached.remove()
     trainer.accelerator.wait_for_everyone()
     return figures
 
@@ -160,5 +174,12 @@ def _new_network(
             base_model_name_or_path=model.model_name_or_path,
         )
     return DeadEndQNetwork.from_trunk(
-        trunk, adapter=adapter, tokenizer=tokenizer, rank=model.rank, mlp_size=model.mlp_size, base_rate=base_rate
+        trunk,
+        adapter=adapter,
+        shared=model.trunk == "shared",
+        name=model.model_name_or_path,
+        tokenizer=tokenizer,
+        rank=model.rank,
+        mlp_size=model.mlp_size,
+        base_rate=base_rate,
     )

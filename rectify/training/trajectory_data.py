@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -156,7 +157,7 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
     Returns:
         `input_ids` and `attention_mask` `[B, T]` int64, `counted` `[B, T]` bool (True at the tokens that are in the
-        loss), `labels` `[B]` float32 (the rewards).
+        loss), `labels` `[B]` float32 (the rewards), and `hidden` `[B, T, H]` where the items have states.
     """
     shape = len(items), max(len(item["input_ids"]) for item in items)
     ids = torch.zeros(shape, dtype=torch.long)
@@ -168,4 +169,7 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         mask[row, :end] = 1
         counted[row, item["start"] : end] = True
     reward = torch.tensor([item["reward"] for item in items], dtype=torch.float32)
-    return {"input_ids": ids, "attention_mask": mask, "counted": counted, "labels": reward}
+    batch = {"input_ids": ids, "attention_mask": mask, "counted": counted, "labels": reward}
+    if "hidden" in items[0]:
+        batch["hidden"] = pad_sequence([item["hidden"] for item in items], batch_first=True)
+    return batch
