@@ -75,16 +75,13 @@ class LowRankHead(nn.Module):
         """Logits of the risk `−Q`, float32: `[..., V]`, or those of `actions`, `[...]` or several, `[..., K]`."""
         state, value = self._state(hidden)
         if actions is None:
-            return (self.tokens(state) + value).float()
-        return (
-            _of_tokens(self.tokens, state, actions)
-            .add(value if actions.ndim == hidden.ndim else value.squeeze(-1))
-            .float()
-        )
+            return self.tokens(state).add_(value).float()
+        chosen = _of_tokens(self.tokens, state, actions)
+        return (chosen + (value if actions.ndim == hidden.ndim else value.squeeze(-1))).float()
 
     def log_survival(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
         """`log(1 + Q)`, float32 and exact to the last digits where `Q` is near −1: shapes as in `risk_logits`."""
-        return F.logsigmoid(-self.risk_logits(hidden, actions))
+        return F.softplus(self.risk_logits(hidden, actions)).neg_()
 
     def forward(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
         """`Q` of `[..., hidden_size]` states, float32: shapes as in `risk_logits`."""

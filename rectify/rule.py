@@ -127,12 +127,21 @@ def _sum_of(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normalise(x: Tensor) -> Tensor:
-    """`[B, V]` log-probabilities; rows of `-inf` stay so.
+    """`[B, V]` log-probabilities; rows of `-inf` stay so."""
+    return _normalise_(x.clone())[0]
+
+
+def _normalise_(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`_normalise` in place, and the normaliser that was taken away, `[B, 1]`.
 
     torch's float32 `log_softmax` sums in one go on a CPU: over 150,000 tokens its probabilities miss 1 by 2e-5.
     """
-    highest, total = _sum_of(x.clone())
-    return (x - highest).sub_(total.masked_fill_(total == -math.inf, 0))
+    highest = x.amax(-1, keepdim=True)
+    highest = highest.masked_fill_(highest == -math.inf, 0)
+    # not both at once: the highest raw logit may be too large to keep the digits of the sum
+    total = x.sub_(highest).exp().sum(-1, keepdim=True).log_()
+    total.masked_fill_(total == -math.inf, 0)
+    return x.sub_(total), highest + total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +214,14 @@ class Tilt(Rule):
         _check_range("beta", self.beta, 0, 10_000)
 
     def reshape(self, log_policy: Tensor, log_survival: Tensor) -> Reshaped:
-        penalty = log_survival.clamp_min(math.log(self.p_min)).mul_(self.beta)
-        changed = ((penalty < 0) & (log_policy > -math.inf)).any(-1)
-        return super().reshape(_normalise(penalty.add_(log_policy)), log_survival)._replace(changed=changed)
+        tilted = torch.add(log_policy, log_survival.clamp_min(math.log(self.p_min)), alpha=self.beta)
+        tilted, total = _normalise_(tilted)
+        changed = total[:, 0] < -1e-6
+        if not changed.all():  # nearly nothing is taken away: is it nothing?
+            rows = (~changed).nonzero().squeeze(-1)
+            risky = (log_survival[rows] < 0) & (log_policy[rows] > -math.inf)
+            changed = changed.index_copy(0, rows, risky.any(-1) & (self.beta > 0))
+        return super().reshape(tilted, log_survival)._replace(changed=changed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,9 +308,9 @@ def rectify(scores: Tensor, log_survival: Tensor, rule: Rule, unwarped: Tensor |
             )
     dtype = torch.promote_types(torch.promote_types(scores.dtype, log_survival.dtype), torch.float32)
     scores, log_survival = scores.to(dtype), log_survival.to(dtype)
-    log_policy = _normalise(scores)
+    log_policy, normaliser = _normalise_(scores.clone())
     reshaped = rule.apply(log_policy, log_survival)
-    result = _answer(scores, log_policy, reshaped)
+    result = _answer(scores, log_policy, normaliser, reshaped)
     rows = _infeasible(rule, reshaped)
     if rows is None:
         return result
@@ -343,10 +357,10 @@ def rectify_support(
         rule, unwarped: as in `rectify`.
     """
     left = scores.gather(-1, support.tokens).masked_fill_(~support.real, -math.inf)
-    log_policy = _normalise(left)
+    log_policy, normaliser = _normalise_(left.clone())
     survival = log_survival(None, support.tokens).to(left.dtype)
     reshaped = rule.apply(log_policy, survival.masked_fill(~support.real, 0))
-    result = _answer(left, log_policy, reshaped)
+    result = _answer(left, log_policy, normaliser, reshaped)
     whole = torch.full_like(scores, -math.inf)
     rows, places = support.real.nonzero(as_tuple=True)
     whole[rows, support.tokens[rows, places]] = result.scores[rows, places]
@@ -358,13 +372,14 @@ def rectify_support(
     return _replaced(result, infeasible, _widen(scores[infeasible], survival, rule, unwarped[infeasible]))
 
 
-def _answer(scores: Tensor, log_policy: Tensor, reshaped: Reshaped) -> Rectified:
-    """What a rule that was feasible made of scores, of which `log_policy` is the normalised form."""
+def _answer(scores: Tensor, log_policy: Tensor, normaliser: Tensor, reshaped: Reshaped) -> Rectified:
+    """What a rule that was feasible made of scores, `log_policy` plus a normaliser."""
     overlap = torch.minimum(log_policy, reshaped.log_policy).exp_().sum(-1)
     # Beam search compares rows, so the normaliser of log-probabilities is kept; that of raw logits is dropped.
-    normaliser = (scores.amax(-1) - log_policy.amax(-1))[:, None]
     shift = normaliser.masked_fill(normaliser.abs() > _COMPARABLE, 0)
-    rectified = torch.where(reshaped.changed[:, None], reshaped.log_policy + shift, scores)
+    rectified = reshaped.log_policy + shift
+    if not reshaped.changed.all():
+        rectified = torch.where(reshaped.changed[:, None], rectified, scores)
     moved = torch.where(reshaped.changed, (1 - overlap).clamp_(0, 1), 0)
     none = torch.zeros_like(reshaped.changed)
     return Rectified(rectified, reshaped.capped, moved, none, none)
@@ -379,7 +394,7 @@ def _infeasible(rule: Rule, reshaped: Reshaped) -> Tensor | None:
 
 def _widen(scores: Tensor, log_survival: Tensor, rule: Rule, unwarped: Tensor | None) -> Rectified:
     """Rows whose truncated policy is infeasible: the rule on the whole policy, or the answer to a dead end."""
-    log_policy = _normalise(scores)
+    log_policy, normaliser = _normalise_(scores.clone())
     log_whole = log_policy if unwarped is None else _normalise(unwarped)
     whole = rule.apply(log_whole, log_survival)
     fallback = _normalise(log_survival.clamp_min(math.log(rule.p_min)).add_(log_whole))
@@ -388,7 +403,7 @@ def _widen(scores: Tensor, log_survival: Tensor, rule: Rule, unwarped: Tensor | 
         capped=torch.where(whole.feasible, whole.capped, 0),
         changed=torch.ones_like(whole.changed),
     )
-    return _answer(scores, log_policy, chosen)._replace(widened=whole.feasible, dead_end=~whole.feasible)
+    return _answer(scores, log_policy, normaliser, chosen)._replace(widened=whole.feasible, dead_end=~whole.feasible)
 
 
 def _replaced(result: Rectified, rows: Tensor, by: Rectified) -> Rectified:

@@ -102,7 +102,9 @@ class Effect:
         self.risk_models: dict[str | None, RiskModel] = {}
         wanted = {arm.risk for arm in settings.arms}
         if settings.q is not None and "q" in wanted:
-            self.risk_models["q"] = DeadEndQNetwork.from_pretrained(settings.q, device=settings.device)
+            self.risk_models["q"] = DeadEndQNetwork.from_pretrained(
+                settings.q, device=settings.device, model=self.model
+            )
         if settings.static is not None and "static" in wanted:
             self.risk_models["static"] = StaticTokenRisk.from_pretrained(settings.static, device=settings.device)
         self._sampling = sampling

@@ -1,181 +1,360 @@
-"""What rectification costs: time and memory with it over time and memory without it, in one run, on random weights."""
+"""What rectification costs: time and memory of every arm over the base model's, in one run, on random weights.
+
+The arms: `base`, the model alone; `external`, a Q network with a trunk of its own; `shared`, a head on the model's own
+hidden states; `published`, the decoding that was published (`published_decoding`).
+"""
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import multiprocessing
+import math
+import os
+import platform
 import statistics
-import sys
-import threading
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model, LlamaConfig, LogitsProcessor
 
+from rectify.errors import InvalidArgumentError
+from rectify.evaluation.arms import Arm
+from rectify.evaluation.published_decoding import PublishedProcessor, PublishedQNetwork
+from rectify.hub import DTYPES
 from rectify.processor import RectificationProcessor
 from rectify.q_network import DeadEndQNetwork
-from rectify.rule import make_rule
+from rectify.rule import Rule
+from rectify.sampling import Sampling
+from rectify.version import __version__
 
+ARMS = ("base", "external", "shared", "published")
 PROMPT_TOKENS = 16
+WARM_UP_TOKENS = 20
+
+_LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8, "intermediate_size": 8192, "tie_word_embeddings": True}
+_SHAPES: dict[str, tuple[type[GPT2Config] | type[LlamaConfig], dict[str, Any]]] = {
+    "tiny": (GPT2Config, {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 2}),
+    "gpt2": (GPT2Config, {}),  # 124 M
+    "gpt2-large": (GPT2Config, {"n_embd": 1280, "n_layer": 36, "n_head": 20}),  # 0.8 B
+    "llama-1b": (LlamaConfig, {**_LLAMA_3, "hidden_size": 2048, "num_hidden_layers": 16}),
+    "llama-3b": (LlamaConfig, {**_LLAMA_3, "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24}),
+    "llama-7b": (LlamaConfig, {}),  # LlamaConfig's own defaults are this shape
+}
+MODEL_SHAPES = tuple(_SHAPES)
 
 
-@dataclass
+def _ends(vocab_size: int) -> dict[str, Any]:
+    return {"vocab_size": vocab_size, "bos_token_id": vocab_size - 1, "eos_token_id": vocab_size - 1}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The two networks and what runs them.
+    """The networks, how they decode, and what runs them.
 
     Attributes:
-        q_layers, q_width, q_rank: of the Q network; the language model is the 124 M GPT-2 shape.
-        rule: name of the rule, with its default parameter.
+        model_shape: of the language model, a name in `MODEL_SHAPES`.
+        q_layers, q_width: of the external Q network's trunk, a GPT-2 of the model's vocabulary; the published
+            algorithm has the same.
+        q_rank: of the external and of the shared head.
+        shared_mlp_size: of the shared head, 0 for none.
+        rule: of the external and of the shared arm, such as `tilt` or `tilt:beta=3,epsilon=0.1`.
+        top_k, top_p: of the sampling in all arms; `None` for none.
+        seed: of weights, prompts and samples.
         device, threads: where; 0 threads for torch's own choice.
+        dtype, q_dtype: of the model's weights, and of those of the Q networks and heads.
+
+    Raises:
+        InvalidArgumentError: a value is out of range.
     """
 
+    model_shape: str = "gpt2"
     q_layers: int = 4
     q_width: int = 256
     q_rank: int = 64
+    shared_mlp_size: int = 0
     rule: str = "tilt"
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
     device: str = "cpu"
     threads: int = 0
+    dtype: str = "float32"
+    q_dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        if self.model_shape not in _SHAPES:
+            raise InvalidArgumentError(f"model_shape is {self.model_shape!r}: give one of {', '.join(_SHAPES)}")
+        for name in ("dtype", "q_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(DTYPES)}")
+        for name in ("q_layers", "q_width", "q_rank"):
+            if getattr(self, name) < 1:
+                raise InvalidArgumentError(f"{name} is {getattr(self, name)}: give 1 or more")
+        self.made_rule()
+        self.sampling()
 
-@dataclass
-class Ratio:
-    """Time per token of both arms in milliseconds, and the median of their ratios over interleaved repetitions."""
+    def made_rule(self) -> Rule:
+        """The rule."""
+        return cast(Rule, Arm.parse(self.rule).rule)
 
-    batch: int
-    new_tokens: int
-    base_ms: float
-    rectified_ms: float
-    ratio: float
-    lowest: float
-    highest: float
-    repetitions: int
-    rule: str = field(default="tilt")
+    def sampling(self, do_sample: bool = True) -> Sampling:
+        """How all arms sample."""
+        return Sampling(do_sample=do_sample, top_k=self.top_k, top_p=self.top_p)
 
 
 class Bench:
-    """A language model of the 124 M GPT-2 shape and a processor beside it, both with random weights."""
+    """A language model and what rectifies it, all with random weights; a network is made when an arm first needs it."""
 
     def __init__(self, shape: Shape) -> None:
         if shape.threads:
             torch.set_num_threads(shape.threads)
-        torch.manual_seed(0)
         self.shape = shape
-        self.model = cast(Any, GPT2LMHeadModel(GPT2Config())).to(shape.device).eval()
-        trunk = GPT2Model(GPT2Config(n_embd=shape.q_width, n_layer=shape.q_layers, n_head=max(1, shape.q_width // 64)))
-        q_network = DeadEndQNetwork.from_trunk(trunk, rank=shape.q_rank).to(shape.device).eval()
-        with torch.no_grad():  # fresh heads value all tokens alike
-            for parameter in q_network.head.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        self.processor = RectificationProcessor(q_network, make_rule(shape.rule), do_sample=True)
+        kind, sizes = _SHAPES[shape.model_shape]
+        if "vocab_size" in sizes:
+            sizes = _ends(sizes["vocab_size"]) | sizes
+        config = kind(**sizes)
+        torch.manual_seed(shape.seed)
+        with torch.device(shape.device):
+            self.model = cast(Any, AutoModelForCausalLM.from_config(config, dtype=DTYPES[shape.dtype]).eval())
+        self.model.generation_config.pad_token_id = config.eos_token_id
+        self._networks: dict[str, Any] = {}
 
-    @torch.no_grad()
-    def generate(self, batch: int, new_tokens: int, rectified: bool) -> float:
-        """Seconds that one call of `generate` takes."""
-        torch.manual_seed(0)
-        ids = torch.randint(0, 50_000, (batch, PROMPT_TOKENS), device=self.shape.device)
-        how: dict[str, Any] = {"logits_processor": [self.processor]} if rectified else {}
-        self.processor.reset()
-        self._wait()
-        start = time.perf_counter()
-        self.model.generate(
+    @property
+    def context(self) -> int:
+        """Tokens of the longest text."""
+        return self.model.config.max_position_embeddings
+
+    def network(self, arm: str) -> Any:
+        """The Q network of an arm: its own, also where two arms have equal ones."""
+        if arm not in self._networks:
+            torch.manual_seed(self.shape.seed)
+            with torch.device(self.shape.device):
+                self._networks[arm] = self._make_network(arm).to(DTYPES[self.shape.q_dtype]).eval()
+        return self._networks[arm]
+
+    def _make_network(self, arm: str) -> DeadEndQNetwork | PublishedQNetwork:
+        shape = self.shape
+        if arm == "shared":
+            network = DeadEndQNetwork.from_trunk(
+                self.model, shared=True, rank=shape.q_rank, mlp_size=shape.shared_mlp_size
+            )
+        else:
+            width, heads = shape.q_width, max(1, shape.q_width // 64)
+            sizes = _ends(self.model.config.vocab_size) | {"n_positions": self.context}
+            trunk = GPT2Model(GPT2Config(n_embd=width, n_layer=shape.q_layers, n_head=heads, **sizes))
+            if arm == "published":
+                return PublishedQNetwork(trunk)
+            network = DeadEndQNetwork.from_trunk(trunk, rank=shape.q_rank)
+        with torch.no_grad():  # fresh heads value all tokens alike
+            for parameter in network.head.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        return network
+
+    def processor(self, arm: str, do_sample: bool = True) -> RectificationProcessor | PublishedProcessor:
+        """A new processor of an arm; while one of the shared arm lives, the model has its hooks."""
+        if arm == "published":
+            return PublishedProcessor(
+                self.network(arm), pad_token_id=cast(int, self.model.generation_config.pad_token_id)
+            )
+        shape, network = self.shape, self.network(arm)
+        sampling: dict[str, Any] = {"do_sample": do_sample, "top_k": shape.top_k, "top_p": shape.top_p}
+        return RectificationProcessor(network, shape.made_rule(), model=self.model, **sampling)
+
+    def reference(self, arm: str) -> RectificationProcessor:
+        """The slow way to what the greedy processor of an arm does: its trunk is run over whole prefixes, each step."""
+        return RectificationProcessor(self.network(arm), self.shape.made_rule(), use_cache=False, do_sample=False)
+
+    def prompts(self, batch: int) -> Tensor:
+        """The prompts of all arms: `[batch, PROMPT_TOKENS]` ids."""
+        draw = torch.Generator().manual_seed(self.shape.seed)
+        return torch.randint(3, self.model.config.vocab_size - 1, (batch, PROMPT_TOKENS), generator=draw)
+
+    def run(self, processor: LogitsProcessor | None, batch: int, new_tokens: int, do_sample: bool = True) -> Any:
+        """Prompts continued by exactly `new_tokens` tokens, with the processed scores of each step where greedy.
+
+        Args:
+            processor: `None` for the base model alone.
+            batch: prompts.
+            new_tokens: tokens of each.
+            do_sample: or greedy.
+
+        Raises:
+            InvalidArgumentError: the model's context is shorter.
+        """
+        if PROMPT_TOKENS + new_tokens > self.context:
+            raise InvalidArgumentError(
+                f"lengths hold {new_tokens}: with {PROMPT_TOKENS} tokens of prompt, give {self.context} at most in all"
+            )
+        sampling = self.shape.sampling(do_sample)
+        # a processor of ours has applied the warpers; after all others `generate` does
+        own = isinstance(getattr(processor, "processor", processor), RectificationProcessor)
+        torch.manual_seed(self.shape.seed)
+        ids = self.prompts(batch).to(self.shape.device)
+        return self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
-            pad_token_id=50256,
-            **self.processor.generate_kwargs(),
-            **how,
+            logits_processor=[] if processor is None else [processor],
+            return_dict_in_generate=not do_sample,
+            output_scores=not do_sample,
+            **(sampling.generate_kwargs() if own else sampling.plain_kwargs()),
         )
-        self._wait()
+
+    def seconds(self, arm: str, batch: int, new_tokens: int) -> float:
+        """How long one call of `generate` takes."""
+        processor = None if arm == "base" else self.processor(arm)
+        self.wait()
+        start = time.perf_counter()
+        self.run(processor, batch, new_tokens)
+        self.wait()
         return time.perf_counter() - start
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the device is done."""
         if self.shape.device != "cpu":
             torch.accelerator.synchronize()
 
-    def ratio(self, batch: int, new_tokens: int, repetitions: int) -> Ratio:
-        """The cost at one batch and length, the arms interleaved after one warm-up each."""
-        for rectified in (False, True):
-            self.generate(batch, min(new_tokens, 20), rectified)
-        pairs = []
-        for repetition in range(repetitions):
-            order = (False, True) if repetition % 2 == 0 else (True, False)
-            seconds = {rectified: self.generate(batch, new_tokens, rectified) for rectified in order}
-            pairs.append((seconds[False], seconds[True]))
-        ratios = [rectified / base for base, rectified in pairs]
-        return Ratio(
-            batch=batch,
-            new_tokens=new_tokens,
-            base_ms=statistics.median(base for base, _ in pairs) / new_tokens * 1e3,
-            rectified_ms=statistics.median(rectified for _, rectified in pairs) / new_tokens * 1e3,
-            ratio=statistics.median(ratios),
-            lowest=min(ratios),
-            highest=max(ratios),
-            repetitions=repetitions,
-            rule=self.shape.rule,
-        )
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
 
 
-class _PeakMemory:
-    """The highest resident memory of this process while it is entered, above what it was before, in MiB."""
+@dataclass(frozen=True)
+class Ratio:
+    """Time of one arm over that of another, at one batch and length.
 
-    def __enter__(self) -> _PeakMemory:
-        self._process = psutil.Process()
-        gc.collect()
-        if sys.platform == "linux":  # what was freed while the networks were built must not hide what is taken now
-            ctypes.CDLL(None).malloc_trim(0)
-        self._before = self._highest = self._process.memory_info().rss
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
+    Attributes:
+        arm, against: which over which.
+        batch, new_tokens: of each call of `generate`.
+        ms, against_ms: per new token of all rows together, medians.
+        ratio: median of the ratios within a repetition.
+        low, high, coverage: an interval for that median, and the probability that it holds it (`median_interval`).
+        ratios: one a repetition.
+    """
 
-    def _watch(self) -> None:
-        while not self._done.wait(0.002):
-            self._highest = max(self._highest, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.mib = (self._highest - self._before) / 2**20
-
-
-def _peak(shape: Shape, batch: int, new_tokens: int, rectified: bool) -> float:
-    bench = Bench(shape)
-    bench.generate(1, 2, rectified)  # what is made once, at first use
-    if shape.device == "cpu":
-        with _PeakMemory() as peak:
-            bench.generate(batch, new_tokens, rectified)
-        return peak.mib
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    bench.generate(batch, new_tokens, rectified)
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    arm: str
+    against: str
+    batch: int
+    new_tokens: int
+    ms: float
+    against_ms: float
+    ratio: float
+    low: float
+    high: float
+    coverage: float
+    ratios: list[float]
 
 
-def peak_memory(shape: Shape, batch: int, new_tokens: int) -> dict[str, Any]:
-    """Peak memory in MiB that one call of `generate` adds to the loaded networks, each arm in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    peaks = []
-    for rectified in (False, True):
-        with context.Pool(1) as pool:
-            peaks.append(pool.apply(_peak, (shape, batch, new_tokens, rectified)))
-    network = Bench(shape).processor.q_network
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters()) / 2**20
-    return {
-        "batch": batch,
-        "new_tokens": new_tokens,
-        "base_mib": peaks[0],
-        "rectified_mib": peaks[1],
-        "extra_mib": peaks[1] - peaks[0],
-        "q_weights_mib": weights,
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """The narrowest interval between equally ranked values from both ends that holds the median of what they come from.
+
+    It needs no distribution: of n values all are on one side of the median with probability `2⁻ⁿ`.
+
+    Returns:
+        Both ends and the probability; the lowest and the highest value where the values are too few for `confidence`.
+    """
+    ordered, n = sorted(values), len(values)
+    rank, outside = 1, 2 * 0.5**n
+    while outside + (more := 2 * math.comb(n, rank) * 0.5**n) <= 1 - confidence:
+        rank, outside = rank + 1, outside + more
+    return ordered[rank - 1], ordered[-rank], max(0.0, 1 - outside)
+
+
+def orders(arms: Sequence[str], repetitions: int) -> Iterator[list[str]]:
+    """The order of the arms in each repetition: every one comes first, second … in turn."""
+    for repetition in range(repetitions):
+        turn = repetition % len(arms)
+        yield [*arms[turn:], *arms[:turn]]
+
+
+def time_arms(
+    bench: Bench,
+    arms: Sequence[str],
+    batch: int,
+    new_tokens: int,
+    repetitions: int,
+    published_repetitions: int | None = None,
+) -> list[Ratio]:
+    """Every arm over `base`, and `published` over `external` where both are there, after one warm-up each.
+
+    The latter also without the base model's time, as `published − base` against `external − base`: what rectification
+    adds. `published`, which is slow, takes part in the first `published_repetitions` only; `None` for all of them.
+    """
+    for arm in arms:
+        bench.seconds(arm, batch, min(new_tokens, WARM_UP_TOKENS))
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for repetition, order in enumerate(orders(arms, repetitions)):
+        for arm in order:
+            if arm != "published" or published_repetitions is None or repetition < published_repetitions:
+                seconds[arm].append(bench.seconds(arm, batch, new_tokens))
+    pairs = [(arm, "base") for arm in arms if arm != "base"]
+    if "published" in arms and "external" in arms:
+        pairs += [("published", "external"), ("published − base", "external − base")]
+        for arm in ("published", "external"):
+            added = zip(seconds[arm], seconds["base"], strict=False)
+            seconds[f"{arm} − base"] = [mine - base for mine, base in added]
+    return [make_ratio(arm, other, batch, new_tokens, seconds[arm], seconds[other]) for arm, other in pairs]
+
+
+def make_ratio(
+    arm: str, against: str, batch: int, new_tokens: int, seconds: Sequence[float], others: Sequence[float]
+) -> Ratio:
+    """The ratio of paired times in seconds: those of the repetitions in which both were measured, the first ones."""
+    paired = min(len(seconds), len(others))
+    seconds, others = seconds[:paired], others[:paired]
+    ratios = [mine / other for mine, other in zip(seconds, others, strict=True)]
+    ms, against_ms = (statistics.median(times) / new_tokens * 1e3 for times in (seconds, others))
+    low, high, coverage = median_interval(ratios)
+    return Ratio(
+        arm, against, batch, new_tokens, ms, against_ms, statistics.median(ratios), low, high, coverage, ratios
+    )
+
+
+def cells(
+    arms: Sequence[str],
+    batches: Sequence[int],
+    lengths: Sequence[int],
+    published_batches: Sequence[int],
+    published_lengths: Sequence[int],
+) -> Iterator[tuple[int, int, list[str]]]:
+    """Batch, new tokens and arms of each measurement; `published`, which is slow, only where it is asked for.
+
+    Its lengths are measured for the other arms too, in the batches that it has.
+    """
+    for batch in batches:
+        slow = {*published_lengths} if "published" in arms and batch in published_batches else set()
+        for length in sorted({*lengths, *slow}):
+            yield batch, length, [arm for arm in arms if arm != "published" or length in slow]
+
+
+def environment(bench: Bench) -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    shape = bench.shape
+    return asdict(shape) | {
+        "rule": Arm.parse(shape.rule).label,
+        "prompt_tokens": PROMPT_TOKENS,
+        "model_parameters": bench.model.num_parameters(),
+        "rectify": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "torch_threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "cpu": cpu_name(),
+        "accelerator": torch.cuda.get_device_name(shape.device) if shape.device.startswith("cuda") else None,
     }
 
 
-def environment(shape: Shape) -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    return asdict(shape) | {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -136,7 +136,7 @@ class QQuality:
     def __init__(self, settings: QualitySettings) -> None:
         self.settings = settings
         self.model, self.tokenizer = load_language_model(settings.model, device=settings.device)
-        q_network = DeadEndQNetwork.from_pretrained(settings.q, device=settings.device)
+        q_network = DeadEndQNetwork.from_pretrained(settings.q, device=settings.device, model=self.model)
         self.context = q_network.context or _NO_LIMIT
         self.risk_models: dict[str, RiskModel] = {"q": q_network}
         if settings.static is not None:

@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
     notes = [f"model: {_described(arguments.model, model)}, {str(model.dtype).removeprefix('torch.')}, {device}", note]
     processor = None
     if q_name is not None and rectifying:
-        q_network = DeadEndQNetwork.from_pretrained(q_name, device=device)
+        q_network = DeadEndQNetwork.from_pretrained(q_name, device=device, model=model)
         processor = RectificationProcessor(q_network, rule, model=model, tokenizer=tokenizer, **given)
         notes.insert(1, f"Q network: {_described(q_name, q_network)}; rule: {rule}")
     generator = Generator(

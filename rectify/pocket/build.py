@@ -65,7 +65,7 @@ def main() -> None:
         for name in missing:
             shared = name == "q_shared"
             # without a trunk to run, an epoch takes little
-            epochs = arguments.q_epochs * (3 if shared else 1)
+            epochs = arguments.q_epochs * (2 if shared else 1)
             train_pocket_q(output / "lm", files, held, output / name, epochs, arguments.seed, shared)
 
 

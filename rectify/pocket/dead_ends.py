@@ -18,7 +18,7 @@ from rectify.training.q_training import train_q_network
 logger = logging.getLogger(__name__)
 
 OWN: dict[str, Any] = {"rank": 64, "mlp_size": 256, "lora_r": 16}
-SHARED: dict[str, Any] = {"trunk": "shared", "rank": 96, "mlp_size": 1024}
+SHARED: dict[str, Any] = {"trunk": "shared", "rank": 96, "mlp_size": 512}
 
 
 def train_pocket_q(

@@ -101,13 +101,14 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def small_encoder() -> BertForSequenceClassification:
-    """A BERT of 1.9 M parameters: 3.7 MB in bfloat16."""
+    """A BERT of 1.7 M parameters: 3.5 MB in bfloat16."""
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,
-        intermediate_size=512,
+        intermediate_size=384,
+        hidden_act="relu",  # a tenth of the time faster than gelu
         max_position_embeddings=MAX_LENGTH,
         type_vocab_size=1,
         pad_token_id=0,

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -157,13 +157,14 @@ class PocketScorer:
         """Token ids of at most `max_length` with the classifier's own tokens, and the text that each belongs to."""
         if not texts:
             return [], []
-        encoded: Any = self.tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=self.config.max_length,
-            stride=self.config.max_length // 4,
-            return_overflowing_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        return encoded["input_ids"], encoded["overflow_to_sample_mapping"]
+        # without offsets, which a score needs nothing of, it takes half the time
+        fast = cast(Any, self.tokenizer).backend_tokenizer
+        fast.enable_truncation(self.config.max_length, stride=self.config.max_length // 4)
+        fast.no_padding()
+        windows: list[list[int]] = []
+        owners: list[int] = []
+        for owner, encoding in enumerate(fast.encode_batch_fast(list(texts))):
+            for window in (encoding, *encoding.overflowing):
+                windows.append(window.ids)
+                owners.append(owner)
+        return windows, owners
