@@ -214,7 +214,7 @@ class Tilt(Rule):
         _check_range("beta", self.beta, 0, 10_000)
 
     def reshape(self, log_policy: Tensor, log_survival: Tensor) -> Reshaped:
-        tilted = torch.add(log_policy, log_survival.clamp_min(math.log(self.p_min)), alpha=self.beta)
+        tilted = log_survival.clamp_min(math.log(self.p_min)).mul_(self.beta).add_(log_policy)
         tilted, total = _normalise_(tilted)
         changed = total[:, 0] < -1e-6
         if not changed.all():  # nearly nothing is taken away: is it nothing?
@@ -373,11 +373,11 @@ def rectify_support(
 
 
 def _answer(scores: Tensor, log_policy: Tensor, normaliser: Tensor, reshaped: Reshaped) -> Rectified:
-    """What a rule that was feasible made of scores, `log_policy` plus a normaliser."""
-    overlap = torch.minimum(log_policy, reshaped.log_policy).exp_().sum(-1)
+    """What a rule that was feasible made of scores, `log_policy` plus a normaliser. Overwrites the reshaped policy."""
+    overlap = log_policy.clamp_max(reshaped.log_policy).exp_().sum(-1)
     # Beam search compares rows, so the normaliser of log-probabilities is kept; that of raw logits is dropped.
     shift = normaliser.masked_fill(normaliser.abs() > _COMPARABLE, 0)
-    rectified = reshaped.log_policy + shift
+    rectified = reshaped.log_policy.add_(shift)
     if not reshaped.changed.all():
         rectified = torch.where(reshaped.changed[:, None], rectified, scores)
     moved = torch.where(reshaped.changed, (1 - overlap).clamp_(0, 1), 0)
