@@ -17,35 +17,46 @@ from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.risk_model import RiskModel
 
 
-@dataclass(frozen=True)
-class _Caught:
-    """What one forward call of the model was given, and the states that its output embedding read.
+@dataclass
+class _Reading:
+    """What the model has read, as far as it is known, and the states that its output embedding read last.
 
     Attributes:
-        ids: `[B, F]` the ids that were fed, `None` where embeddings were.
-        end: positions of the text after them, `None` where that is not known; those of a prompt of embeddings are not
-            counted, as they have no ids.
-        hidden: `[B, T, H]` of the last T of them.
+        text: `[B, end]` ids; a prompt of embeddings has none and is not counted.
+        fed: how many of them the last forward call was given.
+        hidden: `[B, T, H]`, of the last T.
     """
 
-    ids: Tensor | None
-    end: int | None
-    hidden: Tensor
+    text: Tensor
+    fed: int
+    hidden: Tensor | None = None
 
     def last_hidden(self, prefixes: Tensor) -> Tensor | None:
         """The state after each prefix, `[B, H]`; `None` where these are not the prefixes that the model has read."""
-        end = prefixes.shape[1] if self.end is None else self.end
-        place = prefixes.shape[1] - end + self.hidden.shape[1] - 1
-        if not 0 <= place < self.hidden.shape[1] or prefixes.shape[0] != self.hidden.shape[0]:
+        if self.hidden is None or prefixes.shape[0] != self.text.shape[0]:
             return None
-        if self.ids is not None:
-            begin = end - self.ids.shape[1]
-            given = prefixes[:, max(begin, 0) :]
-            fed = self.ids[:, max(-begin, 0) : prefixes.shape[1] - begin]
-            # padding may be written with any id
-            if not torch.equal(fed.masked_fill(given == MASKED, MASKED), given):
+        asked, end = prefixes.shape[1], self.text.shape[1]
+        place = asked - end + self.hidden.shape[1] - 1
+        if not 0 <= place < self.hidden.shape[1]:
+            return None
+        # padding may be written with any id
+        seen = self.text[:, :asked].masked_fill(prefixes == MASKED, MASKED)
+        if not torch.equal(seen, prefixes):
+            begin = end - self.fed
+            if not begin or not torch.equal(seen[:, begin:], prefixes[:, begin:]):
                 return None
+            if not _rows_of(prefixes[:, :begin], seen[:, :begin]):
+                return None
+            # beam search has put the rows of its cache into another order
+            self.text = torch.cat((prefixes[:, :begin], self.text[:, begin:]), 1)
         return self.hidden[:, place]
+
+
+def _rows_of(rows: Tensor, among: Tensor) -> bool:
+    """Whether each row is one of the others, by a hash of 64 bits."""
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=draw).to(rows.device)
+    return bool(torch.isin((rows * weights).sum(-1), (among * weights).sum(-1)).all())
 
 
 class TrunkTap:
@@ -92,9 +103,8 @@ class TrunkTap:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._fed: tuple[Tensor | None, int | None] | None = None
+        self._reading: _Reading | None = None
         self._unseen = 0
-        self._caught: _Caught | None = None
         self._fallback.clear()
 
     def last_hidden(self, prefixes: Tensor) -> Tensor | None:
@@ -109,7 +119,7 @@ class TrunkTap:
         Raises:
             InvalidArgumentError: another model's `generate` asks.
         """
-        state = None if self._caught is None else self._caught.last_hidden(prefixes)
+        state = None if self._reading is None else self._reading.last_hidden(prefixes)
         if state is not None:
             return state
         asking = _asking()
@@ -130,18 +140,26 @@ class TrunkTap:
         fed = ids if ids is not None else embeddings
         if fed is None:
             return
-        past = _past(fed.shape[1], kwargs)
+        count, past = fed.shape[1], _past(fed.shape[1], kwargs)
+        known = self._reading.text if self._reading is not None else fed[:, :0]
+        if past is None:
+            past = self._unseen + known.shape[1] if count == 1 else 0
         if ids is None:
-            self._unseen = (past or 0) + fed.shape[1]
-        elif past == 0:
+            self._unseen, self._reading = past + count, _Reading(fed.new_empty(len(fed), 0, dtype=torch.long), 0)
+            return
+        if past == 0:
             self._unseen = 0
-        self._fed = ids, None if past is None else past + fed.shape[1] - self._unseen
+        before = past - self._unseen
+        if before == 0:
+            self._reading = _Reading(ids.detach(), count)
+        elif known.shape[0] == ids.shape[0] and known.shape[1] >= before:
+            self._reading = _Reading(torch.cat((known[:, :before], ids.detach()), 1), count)
+        else:
+            self._reading = None
 
     def _catch(self, hidden: Tensor) -> None:
-        self._caught = None
-        if self._fed is not None and hidden.ndim == 3:
-            ids, end = self._fed
-            self._caught = _Caught(None if ids is None else ids.detach(), end, hidden.detach())
+        if self._reading is not None and hidden.ndim == 3:
+            self._reading.hidden = hidden.detach()
 
 
 def _past(fed: int, kwargs: dict[str, Any]) -> int | None:

@@ -154,6 +154,18 @@ def test_a_call_is_a_function_of_the_prefix_whatever_the_model_has_read(make_mod
             assert torch.allclose(shared(ids, scores), apart(ids, scores), atol=CLOSE)
 
 
+def test_a_text_that_ends_alike_is_another(make_model):
+    model = make_model("llama")
+    network = shared_network(model)
+    shared, apart = RectificationProcessor(network, RULE, model=model), RectificationProcessor(network, RULE)
+    ids, scores = prompts(2, 6), torch.randn(2, VOCABULARY)
+    output = decode(model, ids, shared, eos_token_id=None, pad_token_id=0)[:, :-1]  # the last token was not read
+    other = output.clone()
+    other[:, 2] = 50
+    for prefixes in (output, output.flip(0), other, output):
+        assert torch.allclose(shared(prefixes, scores), apart(prefixes, scores), atol=CLOSE)
+
+
 def test_a_prompt_of_embeddings_is_followed(make_model):
     model = make_model("llama")
     processor = RectificationProcessor(shared_network(model), RULE, model=model, do_sample=False)
