@@ -75,7 +75,10 @@ class LowRankHead(nn.Module):
         """Logits of the risk `−Q`, float32: `[..., V]`, or those of `actions`, `[...]` or several, `[..., K]`."""
         state, value = self._state(hidden)
         if actions is None:
-            return self.tokens(state).add_(value).float()
+            if state.ndim != 2 or state.dtype != self.tokens.weight.dtype:  # as under autocast
+                return self.tokens(state).add_(value).float()
+            # value and bias in one pass over the vocabulary, and the product added in place
+            return (value + self.tokens.bias).addmm_(state, self.tokens.weight.T).float()
         chosen = _of_tokens(self.tokens, state, actions)
         return (chosen + (value if actions.ndim == hidden.ndim else value.squeeze(-1))).float()
 
