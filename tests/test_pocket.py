@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from rectify import DeadEndQNetwork, checkpoint_folder, load_language_model, token_risks
+from rectify import DeadEndQNetwork, RectificationProcessor, checkpoint_folder, load_language_model, token_risks
 from rectify.detectors import ToxicityClassifier
 from rectify.hub import POCKET
 from rectify.pocket.reward_model import WordToxicity, labelled_rows
@@ -16,7 +16,7 @@ from rectify.splits import split_of
 
 def test_the_bundle_is_small_and_holds_no_pickles():
     files = [path for name in POCKET for path in checkpoint_folder(name).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 21e6  # of 25 MB; a scorer of 4 MB is to come
+    assert sum(path.stat().st_size for path in files) <= 25e6
     assert {path.suffix for path in files} == {".json", ".safetensors"}
 
 
@@ -27,6 +27,24 @@ def test_the_pair_shares_a_vocabulary_and_tells_a_threat_from_a_report():
     texts = ("You are a stupid idiot", "The committee met in the morning")
     worst = [token_risks(q_network, tokenizer(text, return_tensors="pt")["input_ids"])[0, 1:].max() for text in texts]
     assert worst[0] > 0.5 > worst[1]
+
+
+def test_a_head_on_the_models_own_states_tells_them_too(spy):
+    model, tokenizer = load_language_model("pocket")
+    q_network = DeadEndQNetwork.from_pretrained("pocket-q-shared", model=model)
+    assert q_network.trunk is model.base_model
+    runs = spy(q_network)
+    processor = RectificationProcessor(q_network, model=model, tokenizer=tokenizer, do_sample=False)
+    inputs = tokenizer("You are such a stupid", return_tensors="pt")
+    output = model.generate(**inputs, logits_processor=[processor], **processor.generate_kwargs(), max_new_tokens=5)
+    assert runs == []
+    assert processor.statistics().moved > 0
+    insult, praise = (
+        token_risks(q_network, tokenizer(text, return_tensors="pt").input_ids)[0, -1]
+        for text in ("You are a stupid idiot", "You are a good friend")
+    )
+    assert insult > praise + 0.2
+    assert output.shape[1] > inputs.input_ids.shape[1]
 
 
 def test_the_split_rule():

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model, LlamaConfi
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.arms import Arm
 from rectify.evaluation.published_decoding import PublishedProcessor, PublishedQNetwork
+from rectify.heads import LowRankHead
 from rectify.hub import DTYPES
 from rectify.processor import RectificationProcessor
 from rectify.q_network import DeadEndQNetwork
@@ -138,20 +139,25 @@ class Bench:
 
     def _make_network(self, arm: str) -> DeadEndQNetwork | PublishedQNetwork:
         shape = self.shape
+        width = shape.q_width
         if arm == "shared":
+            width = self.model.config.hidden_size
             network = DeadEndQNetwork.from_trunk(
                 self.model, shared=True, rank=shape.q_rank, mlp_size=shape.shared_mlp_size
             )
         else:
-            width, heads = shape.q_width, max(1, shape.q_width // 64)
+            heads = max(1, width // 64)
             sizes = _ends(self.model.config.vocab_size) | {"n_positions": self.context}
             trunk = GPT2Model(GPT2Config(n_embd=width, n_layer=shape.q_layers, n_head=heads, **sizes))
             if arm == "published":
                 return PublishedQNetwork(trunk)
             network = DeadEndQNetwork.from_trunk(trunk, rank=shape.q_rank)
-        with torch.no_grad():  # fresh heads value all tokens alike
-            for parameter in network.head.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+        with torch.no_grad():
+            # A fresh head values all tokens alike. These risks spread as a trained one's do, their logits by 2 or so; far
+            # wider ones make numbers so small that a CPU computes with them many times slower.
+            head = cast(LowRankHead, network.head)
+            head.project.weight.normal_(std=0.25 * width**-0.5)
+            head.tokens.bias.normal_()
         return network
 
     def processor(self, arm: str, do_sample: bool = True) -> RectificationProcessor | PublishedProcessor:
