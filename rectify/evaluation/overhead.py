@@ -153,7 +153,7 @@ class Bench:
                 return PublishedQNetwork(trunk)
             network = DeadEndQNetwork.from_trunk(trunk, rank=shape.q_rank)
         with torch.no_grad():
-            # A fresh head values all tokens alike. These risks spread as a trained one's do, their logits by 2 or so; far
+            # A fresh head values all tokens alike. These risks spread as trained ones, their logits by 2 or so; far
             # wider ones make numbers so small that a CPU computes with them many times slower.
             head = cast(LowRankHead, network.head)
             head.project.weight.normal_(std=0.25 * width**-0.5)
