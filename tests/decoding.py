@@ -1,5 +1,6 @@
 """What the tests of the processor share: prompts, padding, and a processor compared with its uncached twin."""
 
+import copy
 import math
 
 import torch
@@ -63,6 +64,19 @@ def decode(model, ids, processor, **options):
     options = {"max_new_tokens": 12, "attention_mask": torch.ones_like(ids)} | processor.generate_kwargs() | options
     torch.manual_seed(7)
     return model.generate(ids, logits_processor=[processor], **options)
+
+
+def assistant_of(model, noise):
+    """A copy of a model, more or less like it, that always drafts 4 tokens."""
+    assistant = copy.deepcopy(model)
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    assistant.generation_config.num_assistant_tokens = 4
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    return assistant
 
 
 def new_tokens(output, ids):

@@ -12,6 +12,7 @@ from decoding import (
     RULE,
     VOCABULARY,
     Compared,
+    assistant_of,
     decode,
     expected_policy,
     log_survival_of,
@@ -91,18 +92,6 @@ def test_half_precision(model, q_network, model_dtype, q_dtype, close, way):
 def loops(model):
     """A prompt that repeats itself, as prompt look-up needs it."""
     return torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
-
-
-def assistant_of(model, noise):
-    assistant = copy.deepcopy(model)
-    torch.manual_seed(11)
-    with torch.no_grad():
-        for parameter in assistant.parameters():
-            parameter.add_(noise * torch.randn_like(parameter))
-    assistant.generation_config.num_assistant_tokens = 4
-    assistant.generation_config.num_assistant_tokens_schedule = "constant"
-    assistant.generation_config.assistant_confidence_threshold = 0.0
-    return assistant
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

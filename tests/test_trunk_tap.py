@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from decoding import CLOSE, RULE, VOCABULARY, decode, new_tokens, padded, prompts
+from decoding import CLOSE, RULE, VOCABULARY, assistant_of, decode, new_tokens, padded, prompts
 from transformers import LogitsProcessor
 
 from rectify import CheckpointError, DeadEndQNetwork, InvalidArgumentError, RectificationProcessor
@@ -83,18 +83,6 @@ def test_the_trunk_is_run_by_the_model_alone(make_model, spy, kind, way):
         decode(model, prompts(2, 5, seed), processor, **options)
     assert runs == []
     assert processor.statistics().decisions > 10
-
-
-def assistant_of(model, noise):
-    assistant = copy.deepcopy(model)
-    torch.manual_seed(11)
-    with torch.no_grad():
-        for parameter in assistant.parameters():
-            parameter.add_(noise * torch.randn_like(parameter))
-    assistant.generation_config.num_assistant_tokens = 4
-    assistant.generation_config.num_assistant_tokens_schedule = "constant"
-    assistant.generation_config.assistant_confidence_threshold = 0.0
-    return assistant
 
 
 class Watched(RectificationProcessor):
