@@ -12,6 +12,7 @@ from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.errors import InvalidArgumentError, VocabularyMismatchError
+from rectify.padding import Padding
 from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.q_network import DeadEndQNetwork
 from rectify.risk_model import RiskModel
@@ -121,11 +122,7 @@ class RectificationProcessor(LogitsProcessor):
             self._same_vocabulary = True
         if model is not None:
             self._check_width(model.config.get_text_config().vocab_size)
-        names = tokenizer if tokenizer is not None else model.generation_config if model is not None else None
-        self._pad_token_id: int | None = getattr(names, "pad_token_id", None)
-        ends = getattr(names, "eos_token_id", None)
-        texts = [*(ends if isinstance(ends, list) else [ends]), getattr(names, "bos_token_id", None)]
-        self._pad_is_text = self._pad_token_id in texts
+        self._padding = Padding(model, tokenizer)
         self.set_attention_mask(attention_mask)
         self.reset()
 
@@ -156,11 +153,7 @@ class RectificationProcessor(LogitsProcessor):
         Raises:
             InvalidArgumentError: it is not two-dimensional.
         """
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise InvalidArgumentError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}: give a row for each prompt, [prompts, length]"
-            )
-        self._attention_mask = None if attention_mask is None else attention_mask.bool()
+        self._padding.set_attention_mask(attention_mask)
 
     def reset(self) -> None:
         """Forget the statistics and all cached states (needed after the network's weights were changed)."""
@@ -222,7 +215,7 @@ class RectificationProcessor(LogitsProcessor):
         self._check_width(vocab_size)
         if not input_ids.shape[1] and not isinstance(self._memo, TrunkTap):
             raise InvalidArgumentError("input_ids are empty: give generate token ids, not inputs_embeds")
-        real = self._real(input_ids)
+        real = self._padding.real(input_ids)
         context = self.q_network.context
         if context is not None and input_ids.shape[1] > context and (longest := int(real.sum(-1).max())) > context:
             raise InvalidArgumentError(
@@ -244,26 +237,6 @@ class RectificationProcessor(LogitsProcessor):
         log_survival = self.q_network.head.log_survival(hidden)
         extra = 0 if vocab_size is None else vocab_size - own
         return torch.nn.functional.pad(log_survival, (0, extra), value=-torch.inf) if extra else log_survival
-
-    def _real(self, input_ids: Tensor) -> Tensor:
-        """`[B, T]` bool, False at padding."""
-        mask = self._attention_mask
-        if mask is not None:
-            (prompts, length), (rows, total) = mask.shape, input_ids.shape
-            if rows % prompts or total < length:
-                raise InvalidArgumentError(
-                    f"attention_mask has shape {(prompts, length)}, the prefixes have shape {(rows, total)}: "
-                    "call set_attention_mask with the mask of these prompts, or with None"
-                )
-            # `generate` repeats each prompt's row for its beams and samples
-            mask = mask.to(input_ids.device).repeat_interleave(rows // prompts, dim=0)
-            return torch.nn.functional.pad(mask, (0, total - length), value=True)
-        if self._pad_token_id is None:
-            return torch.ones_like(input_ids, dtype=torch.bool)
-        leading = (input_ids == self._pad_token_id).cumprod(-1).sum(-1, keepdim=True)
-        padding = leading - leading.min() if self._pad_is_text else leading
-        padding = padding.clamp_max(input_ids.shape[1] - 1)
-        return torch.arange(input_ids.shape[1], device=input_ids.device) >= padding
 
     def _check_width(self, vocab_size: int | None) -> None:
         own = self.q_network.config.vocab_size

@@ -1,0 +1,75 @@
+"""Methods by name, as the commands take them: `NAME[:PATH][,key=value…]`."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import fields
+
+from rectify.errors import InvalidArgumentError
+from rectify.methods.base import Base
+from rectify.methods.method import Method
+from rectify.methods.rectification import Rectify, Static
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Base, Rectify, Static)}
+
+
+def parse_method(spec: str) -> Method:
+    """The method of `NAME[:PATH][,key=value…]`.
+
+    Raises:
+        InvalidArgumentError: an unknown method or parameter, or a value that it cannot have.
+
+    Example:
+        >>> from rectify.methods.specs import parse_method
+        >>> parse_method("rectify:pocket-q,beta=4").label
+        'rectify:pocket-q,beta=4'
+    """
+    title, *pairs = spec.split(",")
+    name, colon, path = title.partition(":")
+    if name not in METHODS or (colon and not path):
+        raise InvalidArgumentError(
+            f"method is {spec!r}: give NAME, NAME:PATH or NAME:PATH,key=value, NAME being one of {', '.join(METHODS)}"
+        )
+    kind = METHODS[name]
+    known = {each.name: _type(kind, each.name) for each in fields(kind) if each.name != "path"}
+    given: dict[str, float | int | str] = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key not in known or key in given:
+            wrong = "twice" if key in given else "which it has not"
+            raise InvalidArgumentError(
+                f"method {spec!r} gives {key!r}, {wrong}: its parameters are {', '.join(known) or 'none'}"
+            )
+        try:
+            given[key] = known[key](value)
+        except ValueError as error:
+            raise InvalidArgumentError(f"method {spec!r}: {key} is {value!r}: give a number") from error
+    try:
+        return kind(path=path or None, **given)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"method {spec!r}: {error}") from error
+
+
+def parse_methods(specs: Sequence[str]) -> list[Method]:
+    """The methods of several specs, in their order.
+
+    Raises:
+        InvalidArgumentError: a spec cannot be used, or two mean the same.
+    """
+    methods: list[Method] = []
+    for spec in specs:
+        method = parse_method(spec)
+        if method in methods:
+            raise InvalidArgumentError(f"methods hold {spec!r} twice ({method.label}): give it once")
+        methods.append(method)
+    return methods
+
+
+def _type(kind: type[Method], name: str) -> type:
+    """What a parameter is read as: `float`, `int` or `str`, `None` left aside."""
+    hint = typing.get_type_hints(kind)[name]
+    if isinstance(hint, types.UnionType):
+        hint = next(each for each in typing.get_args(hint) if each is not type(None))
+    return hint
