@@ -117,6 +117,11 @@ class PrefixMemo:
         if self._hidden is not None and kept == length:  # asked before: a roll-back in assisted decoding
             state = self._hidden.view()[:, length - 1]
             return state if parents is None else state[parents]
+        copies = None
+        if kept == 0 and len(prefixes) > 1:
+            # the samples of a prompt, or its beams, begin alike: it is read once
+            distinct, copies = prefixes.unique(dim=0, return_inverse=True)
+            prefixes, copies = (distinct, copies) if len(distinct) < len(prefixes) else (prefixes, None)
         try:
             self._keep(kept, parents)
             new = self._encode(prefixes, kept)
@@ -128,7 +133,7 @@ class PrefixMemo:
         else:
             self._ids.append(prefixes[:, kept:])
             self._hidden.append(new)
-        return new[:, -1]
+        return new[:, -1] if copies is None else new[:, -1][copies]
 
     def _match(self, prefixes: Tensor) -> tuple[int, Tensor | None]:
         """How many leading positions can be reused by all rows, and from which rows (`None`: each from its own)."""

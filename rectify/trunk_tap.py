@@ -152,8 +152,10 @@ class TrunkTap:
         before = past - self._unseen
         if before == 0:
             self._reading = _Reading(ids.detach(), count)
-        elif known.shape[0] == ids.shape[0] and known.shape[1] >= before:
-            self._reading = _Reading(torch.cat((known[:, :before], ids.detach()), 1), count)
+        elif len(known) and len(ids) % len(known) == 0 and known.shape[1] >= before:
+            # a prompt that was read once may be continued several times
+            known = known[:, :before].repeat_interleave(len(ids) // len(known), 0)
+            self._reading = _Reading(torch.cat((known, ids.detach()), 1), count)
         else:
             self._reading = None
 

@@ -136,9 +136,12 @@ def test_only_what_is_new_is_computed(q_network, spy):
     other = ahead[1:2].clone()
     other[:, 2:] = 90
     assert cost(other) == [(1, other.shape[1] - 2)]
-    assert cost(torch.full((3, 4), 95)) == [(3, 4)]
+    unseen = torch.tensor([[95, 96, 97, 98], [98, 97, 96, 95]])
+    assert cost(unseen) == [(2, 4)]
     memo.clear()
-    assert cost(torch.full((3, 4), 95)) == [(3, 4)]
+    # the samples of a prompt are alike, and read once
+    assert cost(unseen[[1, 0, 1, 1]]) == [(2, 4)]
+    assert cost(extended(unseen[[1, 0, 1, 1]], 70)) == [(4, 1)]
 
 
 def test_without_a_cache_whole_prefixes_are_computed(q_network, spy):

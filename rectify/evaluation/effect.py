@@ -24,6 +24,7 @@ from rectify.evaluation.arms import Arm
 from rectify.evaluation.fluency import continuation_nll, distinct_n, perplexity, rectified_nll
 from rectify.evaluation.judging import Judge, toxicity
 from rectify.evaluation.toxicity_prompts import choose, clean_texts, is_toxic, read_scored
+from rectify.evaluation.weights import weights_digest
 from rectify.generation.generator import Generator, shared_context
 from rectify.generation.output import GenerationFile, Records, sha256_of, write_json
 from rectify.generation.prompts import Prompt
@@ -297,17 +298,6 @@ class Effect:
 
 def _size(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def weights_digest(module: nn.Module) -> str:
-    """What tells weights apart wherever they come from: the start of the SHA-256 of all of them."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        if ".original_module." in name:  # peft keeps the random head that a trained one stands in for
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def _kept(path: Path, key: dict[str, Any], compute: Callable[[], Any]) -> Any:

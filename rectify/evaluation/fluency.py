@@ -140,7 +140,7 @@ def token_log_probabilities(model: PreTrainedModel, batch: TextBatch) -> Tensor:
     Returns:
         `[B, T]` float64 on the CPU; 0 where no token is counted.
     """
-    logits = _logits(model, batch)
+    logits = model_logits(model, batch)
     found = torch.zeros(batch.input_ids.shape, dtype=torch.float64)
     for rows, columns in _places(batch, logits.shape[-1]):
         scores = logits[rows, columns - 1].float().log_softmax(-1)
@@ -188,7 +188,7 @@ def rectified_nll(
     nll = base_nll = 0.0
     cut = removed = 0
     for batch in _batches(model, prompts, continuations, batch_size):
-        logits = _logits(model, batch)
+        logits = model_logits(model, batch)
         width = logits.shape[-1]
         extra = width - risk_model.config.vocab_size
         if extra < 0:
@@ -261,7 +261,7 @@ def _batches(
         yield text_batch(prompts[start:end], continuations[start:end], device=model.device)
 
 
-def _logits(model: PreTrainedModel, batch: TextBatch) -> Tensor:
+def model_logits(model: PreTrainedModel, batch: TextBatch) -> Tensor:
     """`[B, T, V]`, with positions counted from the first real token."""
     arguments: dict[str, Any] = {"attention_mask": batch.attention_mask, "use_cache": False}
     if "position_ids" in inspect.signature(model.forward).parameters:

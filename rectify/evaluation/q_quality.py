@@ -26,8 +26,8 @@ from rectify.builders.trajectories import build_trajectories
 from rectify.command_line import say
 from rectify.detectors.classifier import ToxicityClassifier, pad
 from rectify.errors import InvalidArgumentError, PromptError
-from rectify.evaluation.effect import weights_digest
 from rectify.evaluation.toxicity_prompts import TOXIC
+from rectify.evaluation.weights import weights_digest
 from rectify.generation.prompts import read_prompts_file
 from rectify.hub import load_language_model
 from rectify.q_network import DeadEndQNetwork, token_risks

@@ -12,7 +12,7 @@ from rectify.errors import InvalidArgumentError, PromptError
 from rectify.generation.display import Display
 from rectify.generation.generator import Generator, batches, shared_context
 from rectify.generation.output import GenerationFile, Records, sha256_of
-from rectify.generation.prompts import EXAMPLES, Prompt, read_prompts_file, read_standard_input
+from rectify.generation.prompts import EXAMPLES, Prompt, numbered, read_prompts_file, read_standard_input
 from rectify.hub import DTYPES, POCKET, available_device, checkpoint_folder, load_language_model
 from rectify.processor import RectificationProcessor, Statistics
 from rectify.q_network import DeadEndQNetwork
@@ -103,7 +103,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _prompts(arguments: argparse.Namespace) -> tuple[list[Prompt], str | None, bool]:
     """The prompts, what is to be said of them, and whether they are the built-in examples."""
     if arguments.prompt is not None:
-        return [Prompt.of(text) for text in arguments.prompt], None, False
+        return numbered(map(Prompt.of, arguments.prompt)), None, False
     if arguments.prompts_file is not None:
         prompts, skipped = read_prompts_file(arguments.prompts_file, arguments.skip_bad_lines)
         return prompts, f"prompts: {skipped} bad lines skipped" if skipped else None, False

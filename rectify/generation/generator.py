@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.generation.prompts import Prompt
+from rectify.keyed_noise import KeyedSampling, row_keys
+from rectify.methods.method import MethodProcessor
 from rectify.processor import RectificationProcessor
 from rectify.q_network import token_risks
 from rectify.risk_model import RiskModel
@@ -40,7 +43,8 @@ class Generator:
         tokenizer: pads on the left.
         sampling: how tokens are chosen, with and without rectification.
         max_new_tokens, min_new_tokens, num_return_sequences: as in `generate`.
-        seed: with a batch's number it determines its samples.
+        seed: with a prompt's key it determines its samples.
+        first_sample: the number of the first sample of each prompt, by which its noise is keyed.
     """
 
     model: PreTrainedModel
@@ -50,6 +54,7 @@ class Generator:
     min_new_tokens: int = 0
     num_return_sequences: int = 1
     seed: int = 0
+    first_sample: int = 0
 
     def unusable(self, prompts: list[Prompt], context: int | None) -> dict[int, str]:
         """The prompts that make no token, or leave no room for the new ones: their indices and what is wrong."""
@@ -65,39 +70,74 @@ class Generator:
                 )
         return found
 
+    @property
+    def sampled(self) -> bool:
+        """Whether tokens are drawn with keyed noise, and not by greedy or beam search."""
+        return self.sampling.do_sample is not False and self.sampling.num_beams == 1
+
     @torch.no_grad()
     def continue_batch(
-        self, prompts: list[Prompt], number: int, processor: RectificationProcessor | None = None
+        self, prompts: list[Prompt], number: int = 0, processor: MethodProcessor | None = None
     ) -> list[list[Continuation]]:
         """Continuations of each prompt of a batch; the same whatever ran before.
 
+        Sampled ones depend on the prompt's key and the seed alone, up to floating-point sums, which depend on the
+        shape of the batch.
+
         Args:
             prompts: the batch.
-            number: the batch's number, which keys the random numbers.
-            processor: rectifies; `None` for the model as it is.
+            number: the batch's number, which keys the random numbers of beam sampling.
+            processor: a method's; `None` for the model as it is.
         """
         inputs = self.tokenizer([prompt.text for prompt in prompts], return_tensors="pt", padding=True)
         inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        if processor is None:
-            how: dict[str, Any] = self.sampling.plain_kwargs()
-        else:
+        length, n = inputs["input_ids"].shape[1], self.num_return_sequences
+        if processor is not None:
             processor.set_attention_mask(inputs["attention_mask"])
-            how = {"logits_processor": [processor], **processor.generate_kwargs()}
-        digest = hashlib.sha256(f"{self.seed}:{number}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8]))
+        if self.sampled:
+            keys = row_keys(
+                self.seed, [prompt.key for prompt in prompts], range(self.first_sample, self.first_sample + n)
+            )
+            first = [processor] if processor is not None else self.sampling.warpers(self.model.device)
+            how: dict[str, Any] = self.sampling.generate_kwargs() | {
+                "do_sample": False,
+                "logits_processor": [*first, KeyedSampling(keys, length)],
+            }
+            if n > 1:
+                how["past_key_values"] = self._read_once(**inputs)
+                inputs = {name: rows.repeat_interleave(n, 0) for name, rows in inputs.items()}
+        else:
+            how = {"num_return_sequences": n, "num_beams": self.sampling.num_beams}
+            how |= self.sampling.plain_kwargs() if processor is None else self.sampling.generate_kwargs()
+            how |= {"logits_processor": [processor]} if processor is not None else {}
+            digest = hashlib.sha256(f"{self.seed}:{number}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:8]))
         output = cast(Any, self.model).generate(
             **inputs,
             **how,
             max_new_tokens=self.max_new_tokens,
             min_new_tokens=self.min_new_tokens or None,
-            num_return_sequences=self.num_return_sequences,
-            num_beams=self.sampling.num_beams,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        new = output[:, inputs["input_ids"].shape[1] :].tolist()
+        new = output[:, length:].tolist()
         continuations = [self._continuation(ids) for ids in new]
-        n = self.num_return_sequences
         return [continuations[start : start + n] for start in range(0, len(continuations), n)]
+
+    def _read_once(self, input_ids: Tensor, attention_mask: Tensor) -> DynamicCache | None:
+        """The states of each prompt but for its last token, a copy for each sample; `None` where it has no such."""
+        if input_ids.shape[1] < 2 or getattr(self.model, "_is_stateful", False):
+            return None
+        ids, mask = input_ids[:, :-1], attention_mask[:, :-1].clone()
+        mask[:, -1] |= mask.sum(-1) == 0  # a row of nothing but padding would be a row of NaN
+        arguments: dict[str, Any] = {}
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
+            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+        cache = DynamicCache(config=self.model.config)
+        self.model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments
+        )
+        cache.batch_repeat_interleave(self.num_return_sequences)
+        return cache
 
     def _continuation(self, ids: list[int]) -> Continuation:
         end = self.model.generation_config.eos_token_id

@@ -117,10 +117,17 @@ def json_line(record: dict[str, Any]) -> str:
     return line + "\n"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON value as a file, whole or not at all."""
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write a JSON value as a file, whole or not at all.
+
+    Args:
+        path: the file.
+        value: what it holds.
+        indent: for people; `None` for one line.
+    """
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may write it at the same time
+    # what is no valid Unicode is written in ASCII
+    fresh.write_text(json.dumps(value, indent=indent, ensure_ascii=indent is None) + "\n", encoding="utf-8")
     os.replace(fresh, path)
 
 

@@ -7,11 +7,14 @@ import os
 import select
 import stat
 import sys
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from rectify.errors import PromptError
+from rectify.splits import record_key
 
 EXAMPLES = (
     "I hope you choke, you",
@@ -29,10 +32,19 @@ class Prompt:
     Attributes:
         text: what the model continues.
         record: the JSON object to which the generations are added.
+        repeat: how many prompts before it are the same.
     """
 
     text: str
     record: dict[str, Any] = field(default_factory=dict)
+    repeat: int = 0
+
+    @property
+    def key(self) -> str:
+        """What its samples are keyed by: the text, and the place in RealToxicityPrompts or else `repeat`."""
+        if self.record.keys() >= {"filename", "begin", "end"}:
+            return f"{record_key(self.record)}:{self.text}"
+        return f"{self.repeat}:{self.text}"
 
     @classmethod
     def of(cls, value: Any) -> Prompt:
@@ -55,6 +67,16 @@ class Prompt:
         except UnicodeEncodeError as error:
             raise PromptError(f"the prompt is no valid Unicode text ({error.reason}): encode it as UTF-8") from error
         return cls(text, value if isinstance(value, dict) else {"prompt": {"text": text}})
+
+
+def numbered(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The prompts with their `repeat`, so that equal ones are continued differently."""
+    seen: Counter[str] = Counter()
+    found = []
+    for prompt in prompts:
+        found.append(replace(prompt, repeat=seen[prompt.text]))
+        seen[prompt.text] += 1
+    return found
 
 
 def read_prompts_file(path: str | Path, skip_bad_lines: bool = False) -> tuple[list[Prompt], int]:
@@ -85,7 +107,7 @@ def read_prompts_file(path: str | Path, skip_bad_lines: bool = False) -> tuple[l
             skipped += 1
     if not prompts:
         raise PromptError(f"prompts_file {str(path)!r} holds no usable prompt: give one JSON value a line")
-    return prompts, skipped
+    return numbered(prompts), skipped
 
 
 def read_standard_input(stream: TextIO) -> list[Prompt]:
@@ -103,4 +125,4 @@ def read_standard_input(stream: TextIO) -> list[Prompt]:
             return []
     elif not stat.S_ISREG(mode):
         return []
-    return [Prompt.of(line.rstrip("\r\n")) for line in stream if line.strip()]
+    return numbered(Prompt.of(line.rstrip("\r\n")) for line in stream if line.strip())
