@@ -19,7 +19,6 @@ from typing import Any
 
 from rectify.command_line import Parser, execute, say
 from rectify.errors import InvalidArgumentError
-from rectify.evaluation.effect_display import check_plot
 from rectify.evaluation.overhead import (
     ARMS,
     MODEL_SHAPES,
@@ -40,6 +39,7 @@ from rectify.evaluation.overhead_display import (
 )
 from rectify.evaluation.overhead_memory import peak_memory
 from rectify.evaluation.overhead_profile import agreement, profile
+from rectify.evaluation.plotting import check_plot
 from rectify.generation.output import write_json
 from rectify.hub import DTYPES, available_device
 
@@ -60,7 +60,7 @@ def make_parser() -> Parser:
     parser.add_argument("--q_width", type=int, default=256)
     parser.add_argument("--q_rank", type=int, default=64, help="of the external and the shared head")
     parser.add_argument("--shared_mlp_size", type=int, default=0, help="of the shared head (default: no MLP)")
-    parser.add_argument("--rule", default="tilt", metavar="SPEC", help="tilt, tilt:beta=3,epsilon=0.1, cap …")
+    parser.add_argument("--rule", default="tilt", metavar="SPEC", help="tilt; tilt,beta=3,epsilon=0.1; cap …")
     parser.add_argument("--top_k", type=int, help="in all arms (default: none)")
     parser.add_argument("--top_p", type=float, help="in all arms (default: none)")
     parser.add_argument("--seed", type=int, default=0)

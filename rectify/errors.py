@@ -25,8 +25,8 @@ class TrajectoryError(RectifyError, ValueError):
     """A file of trajectories or texts, or a line of one, that cannot be used."""
 
 
-class JudgeError(RectifyError, RuntimeError):
-    """A judge of texts that cannot be run, or whose answers cannot be used."""
+class ScorerError(RectifyError, RuntimeError):
+    """A scorer that cannot be run, or whose answers cannot be used."""
 
 
 def first_line(error: BaseException) -> str:

@@ -8,20 +8,20 @@ import pytest
 import torch
 from rule_reference import specified
 
-from rectify import Advantage, Cap, InvalidArgumentError, Mask, Tilt, VocabularyMismatchError
-from rectify.evaluation import fluency
+from rectify import Advantage, Cap, InvalidArgumentError, Mask, RectificationProcessor, Tilt
 from rectify.evaluation.fluency import (
     continuation_nll,
     distinct_n,
-    rectified_nll,
     text_batch,
     token_log_probabilities,
 )
+from rectify.evaluation.teacher_forcing import forced_nll
 from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [2, 14]]
 CONTINUATIONS = [[20, 21, 22, 23], [24, 25], [], [26, 27, 28, 29, 30, 31]]
 RULES = [Tilt(beta=3.0), Mask(threshold=0.65), Advantage(tau=0.02), Cap(epsilon=0.3), Tilt(beta=1.0, epsilon=0.1)]
+UNWARPED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 KINDS = ["gpt2", "llama", "sliding"]
 
 
@@ -82,8 +82,13 @@ def slow_rectified(model, values_after, rule):
     return nll, base_nll, tokens, cut, removed
 
 
+def forced(model, risk_model, rule, prompts, continuations, **given):
+    processor = RectificationProcessor(risk_model, rule, model=model, **UNWARPED)
+    return forced_nll(model, processor, prompts, continuations, **given)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_rectified_nll_is_that_of_a_loop(pair, rule, monkeypatch):
+def test_rectified_nll_is_that_of_a_loop(pair, rule):
     model, q_network = pair
     precise = copy.deepcopy(q_network).double()
 
@@ -92,8 +97,7 @@ def test_rectified_nll_is_that_of_a_loop(pair, rule, monkeypatch):
         return precise(torch.tensor([prefix]))[0, -1].double().numpy()
 
     expected = slow_rectified(model, values_after, rule)
-    monkeypatch.setattr(fluency, "_CELLS", 5 * 97)  # five tokens at a time
-    found = rectified_nll(model, q_network, rule, PROMPTS, CONTINUATIONS, batch_size=3)
+    found = forced(model, q_network, rule, PROMPTS, CONTINUATIONS, batch_size=3)
     assert (found.nll, found.base_nll) == pytest.approx(expected[:2], abs=1e-3)
     assert (found.tokens, found.cut, found.removed) == expected[2:]
     assert found.perplexity == pytest.approx(math.exp(expected[0] / 12), rel=1e-4)
@@ -107,32 +111,23 @@ def test_a_table_of_risks_removes_and_cuts(model):
     static = StaticTokenRisk(risk, StaticRiskConfig(97, 0.1, 20.0))
     expected = slow_rectified(model, lambda prefix: -risk, Mask(threshold=0.5))
     assert expected[4] == 2
-    found = rectified_nll(model, static, Mask(threshold=0.5), PROMPTS, CONTINUATIONS)
+    found = forced(model, static, Mask(threshold=0.5), PROMPTS, CONTINUATIONS)
     assert (found.nll, found.base_nll) == pytest.approx(expected[:2], abs=1e-3)
     assert (found.tokens, found.cut, found.removed) == expected[2:]
-    tilted = rectified_nll(model, static, Tilt(beta=3.0), PROMPTS, CONTINUATIONS)
+    tilted = forced(model, static, Tilt(beta=3.0), PROMPTS, CONTINUATIONS)
     assert (tilted.cut, tilted.removed) == (2, 0)
 
 
 def test_a_rule_that_does_nothing_changes_nothing(model, q_network):
-    found = rectified_nll(model, q_network, Tilt(beta=0.0), PROMPTS, CONTINUATIONS)
+    found = forced(model, q_network, Tilt(beta=0.0), PROMPTS, CONTINUATIONS)
     assert found.nll == found.base_nll
     assert (found.cut, found.removed) == (0, 0)
-
-
-def test_vocabularies_of_other_widths(make_model, q_network, model):
-    wide = make_model(vocab_size=104)
-    found = rectified_nll(wide, q_network, Tilt(), PROMPTS, CONTINUATIONS)
-    assert math.isfinite(found.nll)
-    assert found.removed == 0
-    with pytest.raises(VocabularyMismatchError, match="scores 90 tokens, the risk model 97"):
-        rectified_nll(make_model(vocab_size=90), q_network, Tilt(), PROMPTS, CONTINUATIONS)
 
 
 def test_nothing_to_measure(model, q_network):
     assert math.isnan(continuation_nll(model, [[5]], [[]]).perplexity)
     assert math.isnan(continuation_nll(model, [], []).perplexity)
-    nothing = rectified_nll(model, q_network, Tilt(), [], [])
+    nothing = forced(model, q_network, Tilt(), [], [])
     assert math.isnan(nothing.perplexity)
     assert math.isnan(nothing.cut_share)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from decoding import prompts
 
-from rectify import InvalidArgumentError, RectificationProcessor
+from rectify import InvalidArgumentError, RectificationProcessor, Tilt
 from rectify import processor as processor_module
 from rectify.evaluation.overhead import (
     ARMS,
@@ -238,7 +238,8 @@ def test_the_script_writes_everything_and_prints_the_tables(tmp_path, capsys):
     environment = report["environment"]
     for name in ("torch", "transformers", "torch_threads", "cpu", "dtype", "device", "model_parameters", "rectify"):
         assert environment[name], name
-    assert (environment["rule"], environment["seed"], environment["repetitions"]) == ("tilt:beta=6", 5, 2)
+    assert environment["rule"] == repr(Tilt(beta=6.0))
+    assert (environment["seed"], environment["repetitions"]) == (5, 2)
     assert {(row["arm"], row["new_tokens"]) for row in report["time"]} >= {("published", 4), ("shared", 3)}
     assert [row["arm"] for row in report["profile"]] == [row["arm"] for row in report["agreement"]]
     printed = capsys.readouterr().out

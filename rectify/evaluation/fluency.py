@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rectify.errors import InvalidArgumentError, VocabularyMismatchError
-from rectify.risk_model import RiskModel
-from rectify.rule import Rule, rectify
+from rectify.errors import InvalidArgumentError
 
 CUT = math.log(10)
 """A token is cut where its log-probability falls by more than this."""
@@ -61,15 +59,15 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
-class RectifiedLikelihood:
-    """Negative log-likelihood of continuations under a rectified policy and under its base, summed over all tokens.
+class ForcedLikelihood:
+    """Negative log-likelihood of continuations under a method's policy and under its base, summed over all tokens.
 
     Attributes:
-        nll: under the rectified policy, in nats; a removed token counts as its base probability / 1000.
+        nll: under the method's policy, in nats; a removed token counts as its base probability / 1000.
         base_nll: under the base policy.
         tokens: how many tokens.
         cut: tokens whose probability falls more than tenfold, the removed ones included.
-        removed: tokens that the rule gives probability 0 (masking rules).
+        removed: tokens that the method gives probability 0.
     """
 
     nll: float
@@ -80,7 +78,7 @@ class RectifiedLikelihood:
 
     @property
     def perplexity(self) -> float:
-        """Of the rectified policy."""
+        """Of the method's policy."""
         return perplexity(self.nll, self.tokens)
 
     @property
@@ -165,55 +163,6 @@ def continuation_nll(
     for batch in _batches(model, prompts, continuations, batch_size):
         sums.append(-token_log_probabilities(model, batch).sum(-1))
     return Likelihood(torch.cat(sums), torch.tensor([len(row) for row in continuations], dtype=torch.int64))
-
-
-@torch.no_grad()
-def rectified_nll(
-    model: PreTrainedModel,
-    risk_model: RiskModel,
-    rule: Rule,
-    prompts: Sequence[Sequence[int]],
-    continuations: Sequence[Sequence[int]],
-    batch_size: int = 32,
-) -> RectifiedLikelihood:
-    """Likelihood of given continuations under the rectified model, each token given the human text before it.
-
-    The rule is applied to the whole base policy, without truncation. Arguments and errors as in
-    `continuation_nll`.
-
-    Raises:
-        VocabularyMismatchError: the risk model values more tokens than the model has.
-    """
-    risk_model.eval()
-    nll = base_nll = 0.0
-    cut = removed = 0
-    for batch in _batches(model, prompts, continuations, batch_size):
-        logits = model_logits(model, batch)
-        width = logits.shape[-1]
-        extra = width - risk_model.config.vocab_size
-        if extra < 0:
-            raise VocabularyMismatchError(
-                f"the model scores {width} tokens, the risk model {risk_model.config.vocab_size}: "
-                "use a risk model of the model's vocabulary"
-            )
-        place = risk_model.device
-        states = risk_model.encode(batch.input_ids.to(place), batch.attention_mask.to(place))
-        for rows, columns in _places(batch, width):
-            before = states[rows.to(place), columns.to(place) - 1]
-            log_survival = risk_model.head.log_survival(before).to(logits.device)
-            # rows that pad a model's embeddings stand for no token
-            log_survival = torch.nn.functional.pad(log_survival, (0, extra), value=-math.inf)
-            scores = logits[rows, columns - 1].float()
-            tokens = batch.input_ids[rows, columns]
-            base = _of(scores.log_softmax(-1), tokens)
-            rectified = _of(rectify(scores, log_survival, rule).scores.log_softmax(-1), tokens)
-            gone = rectified == -math.inf
-            rectified = torch.where(gone, base - FLOOR, rectified)
-            nll -= float(rectified.sum())
-            base_nll -= float(base.sum())
-            cut += int((base - rectified > CUT).sum())
-            removed += int(gone.sum())
-    return RectifiedLikelihood(nll, base_nll, sum(map(len, continuations)), cut, removed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

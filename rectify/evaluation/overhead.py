@@ -22,10 +22,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model, LlamaConfig, LogitsProcessor
 
 from rectify.errors import InvalidArgumentError
-from rectify.evaluation.arms import Arm
 from rectify.evaluation.published_decoding import PublishedProcessor, PublishedQNetwork
 from rectify.heads import LowRankHead
 from rectify.hub import DTYPES
+from rectify.methods.rectification import Rectify
+from rectify.methods.specs import parse_method
 from rectify.processor import RectificationProcessor
 from rectify.q_network import DeadEndQNetwork
 from rectify.rule import Rule
@@ -62,7 +63,7 @@ class Shape:
             algorithm has the same.
         q_rank: of the external and of the shared head.
         shared_mlp_size: of the shared head, 0 for none.
-        rule: of the external and of the shared arm, such as `tilt` or `tilt:beta=3,epsilon=0.1`.
+        rule: of the external and of the shared arm, such as `tilt` or `tilt,beta=3,epsilon=0.1`.
         top_k, top_p: of the sampling in all arms; `None` for none.
         seed: of weights, prompts and samples.
         device, threads: where; 0 threads for torch's own choice.
@@ -100,7 +101,7 @@ class Shape:
 
     def made_rule(self) -> Rule:
         """The rule."""
-        return cast(Rule, Arm.parse(self.rule).rule)
+        return _method(self.rule).make_rule()
 
     def sampling(self, do_sample: bool = True) -> Sampling:
         """How all arms sample."""
@@ -342,7 +343,7 @@ def environment(bench: Bench) -> dict[str, Any]:
     """What the figures depend on besides the code."""
     shape = bench.shape
     return asdict(shape) | {
-        "rule": Arm.parse(shape.rule).label,
+        "rule": repr(shape.made_rule()),
         "prompt_tokens": PROMPT_TOKENS,
         "model_parameters": bench.model.num_parameters(),
         "rectify": __version__,
@@ -364,3 +365,7 @@ def cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _method(rule: str) -> Rectify:
+    return cast(Rectify, parse_method(f"rectify,rule={rule}"))

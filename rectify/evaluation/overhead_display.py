@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rectify.evaluation.effect_display import check_plot
+from rectify.evaluation.plotting import check_plot
 
 _PARTS = {
     "trunk": "Q trunk",
@@ -129,7 +129,7 @@ def plot_ratios(report: dict[str, Any], path: str | Path) -> None:
     """Draw the ratio against the length, a panel for each batch and a line for each arm; both axes logarithmic.
 
     Raises:
-        InvalidArgumentError: see `effect_display.check_plot`.
+        InvalidArgumentError: see `plotting.check_plot`.
     """
     check_plot(path)
     from matplotlib.figure import Figure

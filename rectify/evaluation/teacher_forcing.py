@@ -12,7 +12,7 @@ import torch
 from torch import FloatTensor, LongTensor
 from transformers import PreTrainedModel
 
-from rectify.evaluation.fluency import CUT, FLOOR, RectifiedLikelihood, model_logits, text_batch
+from rectify.evaluation.fluency import CUT, FLOOR, ForcedLikelihood, model_logits, text_batch
 from rectify.methods.method import MethodProcessor
 
 
@@ -23,7 +23,7 @@ def forced_nll(
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     batch_size: int = 64,
-) -> RectifiedLikelihood:
+) -> ForcedLikelihood:
     """Negative log-likelihood of continuations under a method and under the model as it is.
 
     The processor is called as in generation, with the human text in place of what was sampled, and so any method can be
@@ -63,4 +63,4 @@ def forced_nll(
             removed += int(gone.sum())
     processor.reset()
     processor.set_attention_mask(None)
-    return RectifiedLikelihood(nll, base_nll, sum(map(len, continuations)), cut, removed)
+    return ForcedLikelihood(nll, base_nll, sum(map(len, continuations)), cut, removed)

@@ -15,6 +15,7 @@ SCORERS = {
     "hf:ID": "any text classifier of the transformers library, folder or Hub id",
     "detoxify:NAME": "a model of the package detoxify (extra [detoxify])",
     "keywords:FILE": "a word list: 1 where one of its terms is in the text",
+    "process:COMMAND": "a program of your own: texts in as JSON strings, numbers out, a line each",
     "perspective": "the Perspective API, or a server that speaks its format",
     "stub": "made-up numbers, for trying the machinery",
 }
@@ -75,6 +76,10 @@ def _class(kind: str) -> Callable[..., Scorer]:
         from rectify.scoring.keywords import KeywordScorer
 
         return KeywordScorer
+    if kind == "process":
+        from rectify.scoring.process_scorer import ProcessScorer
+
+        return ProcessScorer
     if kind == "perspective":
         from rectify.scoring.perspective import PerspectiveScorer
 
