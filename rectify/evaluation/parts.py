@@ -10,12 +10,14 @@ from typing import Any
 from rectify.errors import InvalidArgumentError
 from rectify.generation.output import write_json
 
+KEY_FILE = "key.json"
+
 
 class Parts:
     """A folder with the result of each part of a stage.
 
     What a process finds there it does not make again, so a killed run goes on where it was. Beside the parts,
-    `key.json` holds what their content depends on; a run to which that does not apply is refused.
+    `KEY_FILE` holds what their content depends on; a run to which that does not apply is refused.
 
     Args:
         folder: is made.
@@ -28,7 +30,7 @@ class Parts:
     def __init__(self, folder: str | Path, key: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        place = self.folder / "key.json"
+        place = self.folder / KEY_FILE
         key = json.loads(json.dumps(key))
         if not place.exists():
             write_json(place, key)
@@ -73,6 +75,11 @@ class Parts:
 
 
 def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        InvalidArgumentError: it is broken.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

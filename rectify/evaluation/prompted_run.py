@@ -22,12 +22,12 @@ from tqdm import tqdm
 from rectify.command_line import say
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.fluency import continuation_nll
-from rectify.evaluation.parts import Parts, shard
+from rectify.evaluation.parts import KEY_FILE, Parts, read_json, shard
 from rectify.evaluation.run_plan import automatic_batch_size, ordered, planned_batch_size
 from rectify.evaluation.run_settings import SELF, RunSettings
 from rectify.evaluation.teacher_forcing import forced_nll
 from rectify.evaluation.toxicity_prompts import clean_texts, in_split, prompt_toxicity, select
-from rectify.evaluation.weights import weights_digest
+from rectify.evaluation.weights import Provenance, weights_digest
 from rectify.generation.generator import Continuation, Generator, shared_context
 from rectify.generation.output import sha256_of
 from rectify.generation.prompts import Prompt, read_prompts_file
@@ -41,6 +41,7 @@ from rectify.vocabulary import Fingerprint
 
 STAGES = ("generate", "score", "measure", "report")
 
+_WEIGHTS = "weights"
 _CLEAN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
@@ -159,9 +160,20 @@ class PromptedRun:
         """The parts of the stage generate; of a decoder, the weights are checked to be those of before."""
         key = self._generation_key | {"method": method.label}
         if decoder is not None:
-            digests = {"weights": [weights_digest(module) for module in decoder.reads]}
-            Parts(self.folder_of(method) / "weights", digests)
+            provenance = Provenance.of(decoder.reads)
+            read = {
+                "weights": [weights_digest(module) for module in decoder.reads],
+                "parameters": provenance.parameters,
+                "tensors": sorted(provenance.tensors),
+                "files": sorted(provenance.files),
+            }
+            Parts(self.folder_of(method) / _WEIGHTS, read)
         return Parts(self.folder_of(method) / "generations", key)
+
+    def provenance_of(self, method: Method) -> Provenance:
+        """What the networks are made of that the method ran beside the model, as noted when it generated."""
+        read = read_json(self.folder_of(method) / _WEIGHTS / KEY_FILE)
+        return Provenance(read["parameters"], frozenset(read["tensors"]), frozenset(read["files"]))
 
     def _mine(self, numbers: Iterable[int] | None = None) -> list[int]:
         every = range(len(self.batches)) if numbers is None else numbers
