@@ -32,7 +32,7 @@ class Provenance:
     Attributes:
         parameters: how many weights they have together.
         tensors: a digest of the values of each large weight tensor.
-        files: names of the files that they were trained on, as far as their configurations say.
+        files: names, or digests, of the texts that they were trained on, as far as their configurations say.
     """
 
     parameters: int
@@ -51,14 +51,19 @@ class Provenance:
                     tensors.add(hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16])
             training = getattr(getattr(module, "config", None), "training", None)
             if isinstance(training, dict):
-                files |= {Path(name).name for key, value in training.items() if "file" in key for name in _names(value)}
+                files |= {
+                    Path(name).name
+                    for key, value in training.items()
+                    if "file" in key or "sha256" in key
+                    for name in _names(value)
+                }
         return cls(parameters, frozenset(tensors), frozenset(files))
 
     def shared_with(self, other: Provenance) -> str | None:
         """What both have, in words; `None` for nothing."""
         tensors, files = self.tensors & other.tensors, self.files & other.files
         found = [f"{len(tensors)} weight tensors"] if tensors else []
-        found += [f"training files ({', '.join(sorted(files))})"] if files else []
+        found += [f"training texts ({', '.join(sorted(files))})"] if files else []
         return " and ".join(found) or None
 
 
