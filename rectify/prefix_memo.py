@@ -8,11 +8,13 @@ back (assisted decoding), and another prompt may follow: the answer never depend
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from rectify.risk_model import RiskModel
+from rectify.risk_model import BranchingModel, StateModel
 
 MASKED = -1
 """Stands for a padding position in a prefix, whatever id is written there."""
@@ -79,15 +81,15 @@ class _GrowingLayer(DynamicLayer):
 
 
 class PrefixMemo:
-    """The last hidden states of prefixes under one Q network.
+    """The last hidden states of prefixes under one model.
 
     Args:
-        q_network: whose trunk is run, or another risk model.
+        q_network: whose trunk is run, or another model of states.
         use_cache: whether to remember anything; without it, and with a recurrent trunk, every call runs over whole
             prefixes (the slow reference).
     """
 
-    def __init__(self, q_network: RiskModel, use_cache: bool = True) -> None:
+    def __init__(self, q_network: StateModel, use_cache: bool = True) -> None:
         self.q_network = q_network
         self.use_cache = use_cache and not q_network.recurrent
         self.clear()
@@ -134,6 +136,43 @@ class PrefixMemo:
             self._ids.append(prefixes[:, kept:])
             self._hidden.append(new)
         return new[:, -1] if copies is None else new[:, -1][copies]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def branch_states(self, prefixes: Tensor, tokens: Tensor) -> Tensor:
+        """The state after each of several next tokens of each prefix, in one run over the tokens alone.
+
+        The tokens of a row read its prefix and themselves, not each other; what was kept of the prefixes is read where
+        it is, and nothing of the tokens is kept. Only for trunks whose attention reaches the whole text.
+
+        Args:
+            prefixes: as in `last_hidden`.
+            tokens: `[B, K]` int64.
+
+        Returns:
+            `[B, K, hidden_size]`.
+        """
+        self.last_hidden(prefixes)
+        length, count = prefixes.shape[1], tokens.shape[1]
+        _, parents = self._match(prefixes)
+        assert self._cache is not None
+        assert self._hidden is not None
+        try:
+            if parents is not None or self._hidden.view().shape[1] > length:
+                self._keep(length, parents)
+            real = prefixes != MASKED
+            apart = torch.eye(count, dtype=torch.bool, device=real.device).expand(len(real), -1, -1)
+            seen = torch.cat((real[:, None].expand(-1, count, -1), apart), -1)[:, None]
+            states = cast(BranchingModel, self.q_network).encode_branches(
+                tokens, seen, real.sum(-1, keepdim=True).expand(-1, count), self._cache
+            )
+            for layer in self._cache.layers:
+                assert isinstance(layer, _GrowingLayer)
+                layer.keep(length, None)
+        except BaseException:
+            self.clear()
+            raise
+        return states
 
     def _match(self, prefixes: Tensor) -> tuple[int, Tensor | None]:
         """How many leading positions can be reused by all rows, and from which rows (`None`: each from its own)."""

@@ -31,20 +31,41 @@ class RiskHead(Protocol):
         """`log(1 + Q)` of `[..., H]` states, float32: `[..., V]`, or that of `actions`, `[...]` or `[..., K]`."""
 
 
-class RiskModel(Protocol):
-    """A state after each prefix, and a head that values every next token in it."""
+class StateModel(Protocol):
+    """A state after each prefix."""
 
     @property
     def config(self) -> RiskConfig:
         """Its vocabulary."""
 
     @property
-    def head(self) -> RiskHead:
-        """From states to values."""
-
-    @property
     def recurrent(self) -> bool:
         """Whether states cannot be cropped to a shorter prefix, and so are made anew in each call."""
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """The states after the last positions, `[B, T, H]`."""
+
+
+class BranchingModel(StateModel, Protocol):
+    """One that also reads several next tokens of a prefix side by side."""
+
+    def encode_branches(self, tokens: Tensor, seen: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """The states after each of `[B, K]` tokens, `[B, K, H]`; the cache is extended by them.
+
+        Args:
+            tokens: int64.
+            seen: `[B, 1, K, past + K]` bool, what each token may read.
+            positions: `[B, K]` int64.
+            cache: of the prefixes.
+        """
+
+
+class RiskModel(StateModel, Protocol):
+    """A state after each prefix, and a head that values every next token in it."""
+
+    @property
+    def head(self) -> RiskHead:
+        """From states to values."""
 
     @property
     def device(self) -> torch.device:
@@ -59,9 +80,6 @@ class RiskModel(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained weights."""
-
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """The states after the last positions, `[B, T, H]`."""
 
     def action_values(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """`Q` of each token that was taken: `[B, T]` float32, NaN at padding and at the first real token."""

@@ -9,10 +9,18 @@ from dataclasses import fields
 
 from rectify.errors import InvalidArgumentError
 from rectify.methods.base import Base
+from rectify.methods.best_of_n import BestOfN
+from rectify.methods.dexperts import DExperts
 from rectify.methods.method import Method
 from rectify.methods.rectification import Rectify, Static
+from rectify.methods.reward_reranking import RewardReranking
+from rectify.methods.self_debias import SelfDebias
+from rectify.methods.word_filter import WordFilter
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Base, Rectify, Static)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (Base, Rectify, Static, WordFilter, SelfDebias, DExperts, RewardReranking, BestOfN)
+}
 
 
 def parse_method(spec: str) -> Method:

@@ -34,7 +34,7 @@ class KeywordScorer:
 
     def __init__(self, path: str | Path, *, min_severity: float | None = None) -> None:
         self.name = f"keywords:{path}"
-        terms = sorted({_folded(term) for term in _read(Path(path), min_severity)} - {""})
+        terms = sorted({_folded(term) for term in read_terms(Path(path), min_severity)} - {""})
         if not terms:
             least = "" if min_severity is None else f" of severity {min_severity:g} or above"
             raise InvalidArgumentError(f"keywords {str(path)!r} holds no term{least}: give a term a line")
@@ -74,7 +74,8 @@ def _branch(node: dict[str, Any]) -> str:
     return f"(?:{'|'.join(branches)}){'?' if '' in node else ''}"
 
 
-def _read(path: Path, min_severity: float | None) -> list[str]:
+def read_terms(path: Path, min_severity: float | None = None) -> list[str]:
+    """The terms of a word list as they stand there; see `KeywordScorer`."""
     if path.suffix.lower() in (".csv", ".tsv"):
         return [_term(row, min_severity, place) for place, row in read_rows(path) if _taken(row, min_severity, place)]
     if min_severity is not None:

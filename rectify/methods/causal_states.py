@@ -1,0 +1,165 @@
+"""A further causal model over any prefixes: its states and next-token logits, of which only what is new is computed.
+
+Methods run it beside the model that generates: an expert, a classifier's backbone, or the model itself on other words.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from rectify.errors import InvalidArgumentError
+from rectify.prefix_memo import MASKED, PrefixMemo
+
+_SAME = 0.01  # of the largest state: what two runs of the same weights may differ by
+
+
+class CausalStates:
+    """A causal trunk in the form that `PrefixMemo` runs.
+
+    Args:
+        trunk: a causal model without its output embedding.
+    """
+
+    def __init__(self, trunk: PreTrainedModel) -> None:
+        self.trunk = trunk
+        self.config: Any = trunk.config.get_text_config()
+        self.recurrent: bool = getattr(trunk, "_is_stateful", False)
+        """Whether the trunk keeps recurrent states, which cannot be cropped to a shorter prefix."""
+        self._takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
+
+    @property
+    def branches(self) -> bool:
+        """Whether `encode_branches` may be called: every layer's attention reaches the whole text, and takes a mask."""
+        layers = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+        bounded = getattr(self.config, "sliding_window", None) is not None and not hasattr(self.config, "layer_types")
+        odd = any(getattr(self.config, name, None) for name in ("alibi", "attention_layers"))  # Falcon's, GPT-Neo's
+        masked = self.config._attn_implementation in ("eager", "sdpa")
+        whole = layers == {"full_attention"} and not bounded and not odd
+        return whole and masked and self._takes_positions and not self.recurrent
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Hidden states of the last positions; see `DeadEndQNetwork.encode`.
+
+        Args:
+            input_ids: `[B, T]` int64, the positions that `cache` does not hold yet.
+            attention_mask: `[B, past + T]`, 0 at padding; `None` where nothing is padding.
+            cache: extended in place.
+
+        Returns:
+            `[B, T, hidden_size]` in the trunk's dtype.
+        """
+        arguments: dict[str, Any] = {"use_cache": False}
+        if cache is not None:
+            arguments = {"past_key_values": cache, "use_cache": True}
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask
+            if self._takes_positions:
+                positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+                arguments["position_ids"] = positions[:, -input_ids.shape[1] :]
+        return self.trunk(input_ids=input_ids, **arguments).last_hidden_state
+
+    def encode_branches(self, tokens: Tensor, seen: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """The states after several next tokens of each prefix; see `BranchingModel.encode_branches`."""
+        unseen = torch.finfo(self.trunk.dtype).min
+        mask = torch.zeros(seen.shape, dtype=self.trunk.dtype, device=seen.device).masked_fill(~seen, unseen)
+        return self.trunk(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+
+
+class NextTokenLogits:
+    """The next-token logits of a causal language model, as a function of prefixes.
+
+    Args:
+        model: a causal language model whose logits are its output embedding of its last hidden states; put in
+            evaluation mode. It may be the model that generates: nothing else of it is changed.
+        name: what messages call it.
+        use_cache: reuse states between calls; `False` is the slow reference.
+
+    Raises:
+        InvalidArgumentError: the model makes its logits in another way.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str = "model", use_cache: bool = True) -> None:
+        self.model = cast(PreTrainedModel, model.eval())  # with dropout it would be no function of the prefix
+        self.name = name
+        self.states = CausalStates(cast(PreTrainedModel, model.base_model))
+        self._outputs = self._output_embedding()
+        self._memo = PrefixMemo(self.states, use_cache)
+
+    @property
+    def context(self) -> int | None:
+        """Longest prefix in tokens that the model was made for, or `None` where it names no limit."""
+        return getattr(self.states.config, "max_position_embeddings", None)
+
+    def clear(self) -> None:
+        """Forget the states of all prefixes; needed only after the model's weights change."""
+        self._memo.clear()
+
+    @torch.no_grad()
+    def __call__(self, prefixes: Tensor) -> Tensor:
+        """The logits of the token that follows each prefix.
+
+        Args:
+            prefixes: `[B, T]` int64, `MASKED` at padding, which may stand anywhere and counts for nothing; each row
+                has a token.
+
+        Returns:
+            `[B, V]` on the model's device, float32 or better.
+
+        Raises:
+            InvalidArgumentError: the prefixes are empty, or longer than the model's context.
+        """
+        if not prefixes.shape[1]:
+            raise InvalidArgumentError("input_ids are empty: give generate token ids, not inputs_embeds")
+        prefixes, context = prefixes.to(self.model.device), self.context
+        if context is not None and prefixes.shape[1] > context:
+            longest = int((prefixes != MASKED).sum(-1).max())
+            if longest > context:
+                raise InvalidArgumentError(
+                    f"the {self.name} would read {longest} tokens, and its context is {context}: shorten the prompts, "
+                    "or generate fewer tokens"
+                )
+        logits = self._outputs(self._memo.last_hidden(_padded_on_the_left(prefixes)))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.no_grad()
+    def _output_embedding(self) -> nn.Module:
+        """The module that makes logits of hidden states, if nothing is done before and after it."""
+        outputs = self.model.get_output_embeddings()
+        if not isinstance(outputs, nn.Module) or self.model.config.is_encoder_decoder:
+            raise self._refusal("it is no decoder with an output embedding")
+        caught: list[tuple[Tensor, Tensor]] = []
+
+        def catch(module: nn.Module, args: tuple[Any, ...], made: Tensor) -> None:
+            caught.append((args[0], made))
+
+        ids = torch.arange(min(8, self.states.config.vocab_size), device=self.model.device)[None]
+        handle = outputs.register_forward_hook(catch)
+        try:
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        if len(caught) != 1 or not torch.equal(caught[0][1].to(logits.dtype), logits):
+            raise self._refusal("it changes what its output embedding gives, as by scaling or soft-capping")
+        read, hidden = caught[0][0], self.states.encode(ids)
+        if read.shape != hidden.shape or (read - hidden).abs().max() > _SAME * hidden.abs().max():
+            raise self._refusal("its output embedding does not read its last hidden states")
+        return outputs
+
+    def _refusal(self, reason: str) -> InvalidArgumentError:
+        return InvalidArgumentError(
+            f"the {self.name} is a {type(self.model).__name__} whose logits cannot be made step by step ({reason}): "
+            "give a causal model without that, such as GPT-2 or Llama"
+        )
+
+
+def _padded_on_the_left(prefixes: Tensor) -> Tensor:
+    """The same tokens after their padding, so that no window or recurrence runs over it."""
+    order = (prefixes != MASKED).to(torch.uint8).argsort(dim=-1, stable=True)
+    return prefixes.gather(-1, order)

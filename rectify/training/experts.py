@@ -1,0 +1,279 @@
+"""Training of DExperts' pair: one LoRA adapter by the non-toxic texts, one by the toxic ones, each a language model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from rectify.detectors.classifier import pad
+from rectify.errors import InvalidArgumentError, first_line
+from rectify.generation.output import write_json
+from rectify.methods.expert_pair import ANTI_EXPERT, CONFIG_FILE, EXPERT, ExpertsConfig, load_base, save_adapter
+from rectify.training.running import SETTINGS_FILE, checkpoint_to_resume
+from rectify.training.trainer import AdapterTrainer, use_fast_attention
+from rectify.vocabulary import Fingerprint
+
+RESULTS_FILE = "all_results.json"
+TOXIC = 0.5
+"""Texts labelled this or more train the anti-expert, all others the expert."""
+
+_LEFT_OUT = -100  # no token to predict, as cross_entropy calls it
+
+Row = tuple[str, float]
+
+
+@dataclass
+class ExpertSettings:
+    """What is trained; each field is a flag of `rectify train experts`."""
+
+    model_name_or_path: str = field(metadata={"help": "causal language model: folder, Hub id, or pocket"})
+    model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub id"})
+    max_length: int = field(default=128, metadata={"help": "tokens of a text that are read, from its start"})
+    lora_r: int = field(default=16, metadata={"help": "rank of each adapter"})
+    lora_alpha: int = field(default=32, metadata={"help": "an adapter is scaled by lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapter"})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "modules that are adapted, by the end of their names"}
+    )
+
+
+def train_experts(
+    settings: ExpertSettings,
+    arguments: TrainingArguments,
+    train: Sequence[Row],
+    validation: Sequence[Row],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> ExpertsConfig:
+    """Train expert and anti-expert into `arguments.output_dir`; killed, the same call goes on from its checkpoint.
+
+    Each gets a folder of its own, `expert` and `anti_expert`; one that is finished is not trained again. Texts with
+    fewer than two tokens, the end token among them, are left out. `experts_config.json` is written last.
+
+    Args:
+        settings: what is trained.
+        arguments: how, for `transformers.Trainer`; `train_sampling_strategy` may be `"group_by_length"`.
+        train, validation: texts, and their labels from 0 (clean) to 1 (toxic).
+        callbacks: of both Trainers.
+
+    Returns:
+        What was saved; its `training` has the figures of `expert` and `anti_expert`, in nats a token of the validation
+        texts of the same kind: `nll` after training, `base_nll` of the model as it was.
+
+    Raises:
+        InvalidArgumentError: there are no texts of a kind, a setting is out of range, or the folder holds another
+            training.
+        CheckpointError: nothing usable is at `model_name_or_path`.
+    """
+    folder = Path(str(arguments.output_dir))
+    if (folder / CONFIG_FILE).exists():
+        raise InvalidArgumentError(
+            f"output_dir {str(folder)!r} holds a finished training ({CONFIG_FILE}): give another folder, or remove it"
+        )
+    if arguments.resume_from_checkpoint:
+        raise InvalidArgumentError(
+            f"resume_from_checkpoint is {arguments.resume_from_checkpoint!r}, and two models are trained: leave it "
+            "out, a killed training goes on by itself"
+        )
+    _, tokenizer = _load(settings)
+    parts: dict[str, dict[str, EncodedTexts]] = {EXPERT: {}, ANTI_EXPERT: {}}
+    for kind, rows in (("train", train), ("validation", validation)):
+        for side, word in ((EXPERT, "non-toxic"), (ANTI_EXPERT, "toxic")):
+            texts = [text for text, label in rows if (label >= TOXIC) == (side == ANTI_EXPERT)]
+            # all of it before a training: what is missing is to be missed now
+            parts[side][kind] = EncodedTexts(tokenizer, texts, settings.max_length, f"{kind} has no {word} text")
+    config = ExpertsConfig(settings.model_name_or_path, Fingerprint.of(tokenizer), settings.model_revision)
+    for side, data in parts.items():
+        config.training[side] = _train_one(settings, arguments, side, data["train"], data["validation"], callbacks)
+    if arguments.should_save:
+        config.save_pretrained(folder)
+    return config
+
+
+def _train_one(
+    settings: ExpertSettings,
+    arguments: TrainingArguments,
+    side: str,
+    data: EncodedTexts,
+    held: EncodedTexts,
+    callbacks: Sequence[TrainerCallback],
+) -> dict[str, Any]:
+    """The record of one of the two, after it was trained or where it was before."""
+    folder = Path(str(arguments.output_dir)) / side
+    arguments = copy(arguments)
+    arguments.output_dir = str(folder)
+    digest = hashlib.sha256(json.dumps([data.items, held.items]).encode()).hexdigest()
+    given = {**asdict(settings), "texts_sha256": digest}
+    if (folder / RESULTS_FILE).exists():
+        _check_same(folder, arguments.to_dict() | given)
+        return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))["record"]
+    checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **given)
+    set_seed(arguments.seed)
+    base, _ = _load(settings)
+    model = _with_adapter(base, settings)
+    use_fast_attention(base, arguments)
+    held.items.sort(key=lambda item: -len(item["input_ids"]))  # batches of nearly equal length
+    trainer = AdapterTrainer(
+        model=_Training(model),
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=held,
+        data_collator=collate,
+        compute_metrics=nats_a_token,
+        callbacks=list(callbacks),
+    )
+    results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    results |= trainer.predict(cast(Any, held), metric_key_prefix="eval").metrics or {}
+    with model.disable_adapter():
+        before = trainer.predict(cast(Any, held), metric_key_prefix="base").metrics or {}
+    record = {
+        "texts": len(data),
+        "validation_texts": len(held),
+        "texts_sha256": digest,
+        "epochs": trainer.state.epoch,
+        "steps": trainer.state.global_step,
+        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        "learning_rate": arguments.learning_rate,
+        "seed": arguments.seed,
+        "nll": results["eval_nll"],
+        "base_nll": before["base_nll"],
+    }
+    if trainer.is_world_process_zero():
+        save_adapter(model, folder, settings.model_name_or_path)
+        # the last file, as it says that this one is finished
+        write_json(folder / RESULTS_FILE, results | {"record": record})
+    return record
+
+
+def _check_same(folder: Path, wanted: dict[str, Any]) -> None:
+    """Refuse to take what another training has finished for a part of this one."""
+    former: dict[str, Any] = {SETTINGS_FILE: "nothing"}
+    if (folder / SETTINGS_FILE).exists():
+        former = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(wanted, default=str))
+    name = next((name for name in former if former[name] != wanted.get(name)), None)
+    if name is not None:
+        raise InvalidArgumentError(
+            f"{str(folder)!r} holds a finished training with {name} {former[name]!r}, not {wanted.get(name)!r}: give "
+            "the same settings, another output_dir, or remove it"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def _load(settings: ExpertSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = load_base(settings.model_name_or_path, settings.model_revision)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if settings.max_length < 2 or (context is not None and settings.max_length > context):
+        limit = f"to {context}, the model's context" if context is not None else "on"
+        raise InvalidArgumentError(f"max_length is {settings.max_length}: give a number from 2 {limit}")
+    return model, tokenizer
+
+
+def _with_adapter(model: PreTrainedModel, settings: ExpertSettings) -> PeftModel:
+    targets = settings.target_modules
+    try:
+        adapter = LoraConfig(
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=targets[0] if targets == ["all-linear"] else targets,
+            task_type=TaskType.CAUSAL_LM,
+        )
+        return cast(PeftModel, get_peft_model(model, adapter))
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise InvalidArgumentError(
+            f"lora_r {settings.lora_r}, lora_alpha {settings.lora_alpha}, lora_dropout {settings.lora_dropout}, "
+            f"target_modules {targets!r} make no adapter of {settings.model_name_or_path!r} ({first_line(error)}): "
+            "change the one it names"
+        ) from error
+
+
+class _Training(nn.Module):
+    """The language model and its loss, in the form that `Trainer` expects."""
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        nll, tokens = text_nll(logits, labels)
+        return {"loss": nll.sum() / tokens.sum().clamp_min(1), "nll": nll, "tokens": tokens}
+
+
+def text_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of texts, in nats.
+
+    Args:
+        logits: `[B, T, V]`, those of the next token.
+        labels: `[B, T]` int64 tokens, −100 at padding.
+
+    Returns:
+        `[B]` float32 sums over the tokens that follow another, and `[B]` how many these are.
+    """
+    wanted = labels[:, 1:]
+    nll = nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), wanted.flatten(), ignore_index=_LEFT_OUT, reduction="none"
+    )
+    return nll.view(wanted.shape).sum(-1), (wanted != _LEFT_OUT).sum(-1)
+
+
+def nats_a_token(prediction: EvalPrediction) -> dict[str, float]:
+    """The mean over all predicted tokens, in the form that `transformers.Trainer` calls."""
+    nll, tokens = (np.asarray(part, dtype=np.float64) for part in prediction.predictions[:2])
+    return {"nll": float(nll.sum() / tokens.sum()), "tokens": int(tokens.sum())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class EncodedTexts(Dataset):
+    """Token ids as a prompt has them, then the end token, cut to a length; texts of fewer than two are left out.
+
+    Raises:
+        InvalidArgumentError: no text is left; the message begins with `lacking`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, lacking: str) -> None:
+        rows: list[list[int]] = []
+        if texts:
+            rows = cast(list[list[int]], tokenizer(list(texts), truncation=True, max_length=length)["input_ids"])
+        end = cast(int | None, tokenizer.eos_token_id)
+        ended = [[*row, end][:length] if row and end is not None and row[-1] != end else row for row in rows]
+        self.items: list[dict[str, Any]] = [{"input_ids": row} for row in ended if len(row) > 1]
+        if not self.items:
+            raise InvalidArgumentError(f"{lacking} of two tokens or more: give files that have texts of both kinds")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.items[index]
+
+
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """A right-padded batch: `input_ids`, `attention_mask` and `labels` `[B, T]` int64, −100 at padding in `labels`."""
+    ids, mask = pad([item["input_ids"] for item in items])
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, _LEFT_OUT)}
