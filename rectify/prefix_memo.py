@@ -164,7 +164,10 @@ class PrefixMemo:
             apart = torch.eye(count, dtype=torch.bool, device=real.device).expand(len(real), -1, -1)
             seen = torch.cat((real[:, None].expand(-1, count, -1), apart), -1)[:, None]
             states = cast(BranchingModel, self.q_network).encode_branches(
-                tokens, seen, real.sum(-1, keepdim=True).expand(-1, count), self._cache
+                tokens.clamp(0, self.q_network.config.vocab_size - 1),
+                seen,
+                real.sum(-1, keepdim=True).expand(-1, count),
+                self._cache,
             )
             for layer in self._cache.layers:
                 assert isinstance(layer, _GrowingLayer)

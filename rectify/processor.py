@@ -183,24 +183,33 @@ class RectificationProcessor(LogitsProcessor):
             InvalidArgumentError: the prefixes are empty or longer than the Q network's context, or the attention mask
                 is that of other prompts.
         """
+        result = self.decide(input_ids, scores)
+        if result is None:
+            return scores
+        self._count(result)
+        return result.scores
+
+    @torch.no_grad()
+    def decide(self, input_ids: Tensor, scores: Tensor) -> Rectified | None:
+        """What a call does, row by row, without counting it; `None` where an assistant drafts, which is left alone.
+
+        Arguments and errors are those of a call.
+        """
         hidden = self._last_hidden(input_ids, scores.shape[-1])
         if hidden is None:
-            return scores
+            return None
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         warped = self._warpers(cast(LongTensor, input_ids), cast(FloatTensor, scores))
         width = scores.shape[-1]
         support = support_of(warped, width // _SUPPORT) if self._truncates else None
         if support is None:
             log_survival = self._log_survival(hidden, None, width).to(scores.device)
-            result = rectify(warped, log_survival, self.rule, unwarped=scores if self._truncates else None)
-        else:
+            return rectify(warped, log_survival, self.rule, unwarped=scores if self._truncates else None)
 
-            def of_some(rows: Tensor | None, tokens: Tensor | None) -> Tensor:
-                return self._log_survival(hidden if rows is None else hidden[rows], tokens, width).to(scores.device)
+        def of_some(rows: Tensor | None, tokens: Tensor | None) -> Tensor:
+            return self._log_survival(hidden if rows is None else hidden[rows], tokens, width).to(scores.device)
 
-            result = rectify_support(warped, support, of_some, self.rule, scores)
-        self._count(result)
-        return result.scores
+        return rectify_support(warped, support, of_some, self.rule, scores)
 
     @torch.no_grad()
     def next_token_log_survival(self, input_ids: Tensor, vocab_size: int | None = None) -> Tensor:

@@ -1,11 +1,14 @@
 """Tiny random models, Q networks and tokenizers; nothing is fetched, and every draw is seeded."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import pytest
 import torch
+from prompt_records import records
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import nn
@@ -19,6 +22,8 @@ from transformers import (
 )
 
 from rectify import DeadEndQNetwork
+from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
+from rectify.vocabulary import Fingerprint
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -80,6 +85,20 @@ def model():
 @pytest.fixture(scope="session")
 def q_network():
     return build_q_network()
+
+
+@pytest.fixture(scope="session")
+def run_place(tmp_path_factory):
+    """A folder with a `model`, a Q network `q`, tables of token risks `static` and `zero`, and `prompts.jsonl`."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = build_tokenizer()
+    build_model("llama").save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    build_q_network("llama", tokenizer=tokenizer, noise=0.5).save_pretrained(folder / "q")
+    for name, risk in (("static", np.random.default_rng(3).random(97)), ("zero", np.zeros(97))):
+        StaticTokenRisk(risk, StaticRiskConfig(97, 0.5, 20.0, Fingerprint.of(tokenizer))).save_pretrained(folder / name)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records()))
+    return folder
 
 
 @pytest.fixture

@@ -407,8 +407,8 @@ def test_what_cannot_be_trained_is_refused_before_anything_is(bases, tmp_path):
 
 
 def test_texts_end_with_the_end_token_where_it_fits(tokenizer):
-    data = EncodedTexts(tokenizer, ["t5 t6 t7 t8", "t5", "t5 t6 t2", "", "t9 t10 t11"], 4, "none")
-    assert [item["input_ids"] for item in data.items] == [[5, 6, 7, 8], [5, 2], [5, 6, 2], [9, 10, 11, 2]]
+    data = EncodedTexts(tokenizer, ["t5 t6 t7 t8", "t5", "t5 t6 t2", "", "t30 t31 t32"], 4, "none")
+    assert [item["input_ids"] for item in data.items] == [[5, 6, 7, 8], [5, 2], [5, 6, 2], [30, 31, 32, 2]]
 
 
 def test_padding_is_left_out_of_the_loss():

@@ -11,6 +11,7 @@ from commands import run_command
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from rectify.detectors import ToxicityClassifier
 from rectify.generation.command import main
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +114,81 @@ def test_every_rule_runs(capsys):
         assert flags[0].capitalize() in err
 
 
+def shown(out, label):
+    return [line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith(f"{label} ")]
+
+
+@pytest.mark.parametrize(
+    ("spec", "flags"),
+    [
+        ("rectify", ("--rectify",)),
+        ("rectify:pocket-q,beta=8,epsilon=0.2", ("--rectify", "--q", "pocket-q", "--beta", 8, "--epsilon", 0.2)),
+        ("rectify,rule=mask", ("--rectify", "--rule", "mask")),
+    ],
+)
+def test_flags_of_rectification_are_a_method(capsys, spec, flags):
+    more = ("--compare", "--prompt", "You are such a", "--max_new_tokens", 8, "--num_return_sequences", 2)
+    (code, out, err), other = run(capsys, "--method", spec, *more), run(capsys, *flags, *more)
+    assert code == 0, err
+    assert (code, out, err) == other
+    assert len(shown(out, "base")) == len(shown(out, "rectified")) == 2
+
+
+def test_the_output_knows_its_method(capsys, tmp_path, prompts):
+    output = tmp_path / "out.jsonl"
+    flags = ("--prompts_file", prompts, "--max_new_tokens", 3, "--output", output)
+    assert run(capsys, "--method", "self_debias,attributes=toxicity", *flags)[0] == 0
+    settings = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
+    assert settings["method"] == "self_debias,decay=50,attributes=toxicity"
+    code, _, err = run(capsys, "--method", "self_debias", *flags)
+    assert code == 2
+    assert "attributes=toxicity" in err
+
+
+def test_the_least_toxic_of_several(capsys, tmp_path):
+    def generated(name, *more):
+        output = tmp_path / name
+        flags = ("--prompt", "You are such a", "--max_new_tokens", 8, "--output", output, "--num_return_sequences")
+        code, _, err = run(capsys, *flags, *more)
+        assert code == 0, err
+        (record,) = map(json.loads, output.read_text().splitlines())
+        return [[one["text"] for one in record.get(key, ())] for key in ("base_generations", "generations")]
+
+    base, kept = generated("kept", 2, "--method", "best_of_n,n=3", "--compare")
+    draws = generated("draws", 6)[1]
+    scores = ToxicityClassifier.from_pretrained("pocket-reward").probabilities([text.strip() for text in draws])
+    # each further draw is that of a sample with a later number
+    assert kept == [draws[min(range(row, 6, 2), key=lambda draw: scores[draw])] for row in range(2)]
+    assert base == draws[:2] == generated("one", 2, "--method", "best_of_n,n=1")[1]
+
+
+@pytest.mark.parametrize("method", ["base", "rectify,rule=cap,epsilon=0.3", "self_debias,attributes=toxicity"])
+def test_a_trace_says_what_is_shown(capsys, tmp_path, method):
+    path = tmp_path / "trace.json"
+    flags = ("--method", method, "--prompt", "You are such a", "--max_new_tokens", 6, "--num_return_sequences", 2)
+    code, out, err = run(capsys, *flags, "--trace", path)
+    assert code == 0, err
+    assert out == run(capsys, *flags)[1]
+    trace = json.loads(path.read_text())
+    assert trace["settings"]["method"].startswith(method.split(",")[0])
+    assert (trace["settings"]["rule"] is None) == ("rectify" not in method)
+    (prompt,) = trace["prompts"]
+    texts = [one["text"] for one in prompt["continuations"]]
+    assert all(" ".join(text.split()) in " ".join(out.split()) for text in texts)
+    tokens = [token for one in prompt["continuations"] for token in one["tokens"]]
+    assert f"{len(tokens)} tokens" in err
+    assert any(token["base_choice"] for token in tokens) or method == "base"
+
+
+def test_a_trace_to_read(capsys, tmp_path):
+    path = tmp_path / "trace.html"
+    code, _, err = run(
+        capsys, "--rectify", "--prompt", "You <b>", "--max_new_tokens", 4, "--trace", path, "--no-do_sample"
+    )
+    assert code == 0, err
+    assert "You &lt;b&gt;" in path.read_text(encoding="utf-8")
+
+
 REFUSED = {
     "unknown model": ("--model", "no/such/folder"),
     "unknown q": ("--rectify", "--q", "./absent"),
@@ -145,6 +221,21 @@ REFUSED = {
     "no Unicode": ("--prompt", "a\udcff"),
     "two sources": ("--prompt", "a", "--prompts_file", "b"),
     "device": ("--device", "warp"),
+    "method and rectification": ("--method", "rectify", "--rectify"),
+    "method and parameter": ("--method", "self_debias", "--beta", "2"),
+    "unknown method": ("--method", "hope"),
+    "unknown parameter": ("--method", "rectify,alpha=1"),
+    "base beside itself": ("--method", "base", "--compare"),
+    "experts missing": ("--method", "dexperts:./absent"),
+    "q of the method missing": ("--method", "rectify", "--model", "OTHER"),
+    "equal draws": ("--method", "best_of_n,n=2", "--no-do_sample"),
+    "equal draws by beams": ("--method", "best_of_n,n=2", "--num_beams", "2", "--do_sample"),
+    "beams of no probabilities": ("--method", "self_debias", "--num_beams", "2"),
+    "trace of another kind": ("--trace", "FOLDER/trace.txt"),
+    "folder as trace": ("--trace", "FOLDER"),
+    "trace of a resumed file": ("--trace", "FOLDER/trace.json", "--output", "FOLDER/out.jsonl"),
+    "trace of beams": ("--trace", "FOLDER/trace.json", "--num_beams", "2"),
+    "trace of whole texts": ("--trace", "FOLDER/trace.json", "--method", "best_of_n,n=2"),
 }
 
 
@@ -153,7 +244,7 @@ def test_bad_input_is_refused_in_one_line(capsys, tmp_path, other_model, case):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('"fine"\n{"prompt": \n')
     names = {"OTHER": other_model, "BROKEN": broken, "FOLDER": tmp_path}
-    flags = [names.get(flag, flag) for flag in REFUSED[case]]
+    flags = [names.get(flag, flag.replace("FOLDER", str(tmp_path))) for flag in REFUSED[case]]
     if not {"--prompt", "--prompts_file"} & set(flags):
         flags += ["--prompt", "a"]
     code, out, err = run(capsys, *flags)

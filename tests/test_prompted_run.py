@@ -1,6 +1,5 @@
 """A run over prompts: stages in parts, by one process, by two, and after being killed."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,10 +8,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from prompt_records import records
+from prompt_records import run_settings as settings
 
 from rectify.errors import InvalidArgumentError, PromptError
 from rectify.evaluation.parts import Parts, shard
@@ -21,37 +20,8 @@ from rectify.evaluation.run_plan import ordered
 from rectify.evaluation.run_settings import RunSettings
 from rectify.evaluation.toxicity_prompts import prompt_toxicity, select
 from rectify.generation.prompts import Prompt
-from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
-from rectify.vocabulary import Fingerprint
 
 SCRIPT = Path(__file__).parent.parent / "eval" / "realtoxicityprompts.py"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, make_model, make_q_network, make_tokenizer):
-    folder = tmp_path_factory.mktemp("run")
-    tokenizer = make_tokenizer()
-    make_model("llama").save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    make_q_network("llama", tokenizer=tokenizer, noise=0.5).save_pretrained(folder / "q")
-    for name, risk in (("static", np.random.default_rng(3).random(97)), ("zero", np.zeros(97))):
-        StaticTokenRisk(risk, StaticRiskConfig(97, 0.5, 20.0, Fingerprint.of(tokenizer))).save_pretrained(folder / name)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records()))
-    return folder
-
-
-def settings(place, output, **changes):
-    given = {
-        "methods": (f"rectify:{place / 'q'},beta=4", f"static:{place / 'static'}"),
-        "n": 3,
-        "max_new_tokens": 4,
-        "batch_size": 4,
-        "scorers": ("stub",),
-        "split": "all",
-        "num_prompts": 14,
-    }
-    prompts = str(place / "prompts.jsonl")
-    return RunSettings(model=str(place / "model"), prompts=prompts, output_dir=str(output), **given | changes)
 
 
 def ids_of(run):
@@ -62,9 +32,9 @@ def ids_of(run):
 
 
 @pytest.fixture(scope="module")
-def done(place, tmp_path_factory):
+def done(run_place, tmp_path_factory):
     output = tmp_path_factory.mktemp("done")
-    run = PromptedRun(settings(place, output))
+    run = PromptedRun(settings(run_place, output))
     run.run(("generate", "score", "measure"))
     return run
 
@@ -131,10 +101,10 @@ def test_subsets():
         select([Prompt("a")], "toxic")
 
 
-def test_prompts_without_a_place_have_no_split(place, tmp_path):
+def test_prompts_without_a_place_have_no_split(run_place, tmp_path):
     (tmp_path / "plain.jsonl").write_text('"t30 t31"\n"t32"\n')
     given = {"prompts": str(tmp_path / "plain.jsonl"), "num_prompts": None}
-    plain = settings(place, tmp_path / "a")
+    plain = settings(run_place, tmp_path / "a")
     with pytest.raises(PromptError, match="split is 'test'"):
         PromptedRun(RunSettings(**vars(plain) | given | {"split": "test"}))
     run = PromptedRun(RunSettings(**vars(plain) | given))
@@ -146,15 +116,15 @@ def test_prompts_without_a_place_have_no_split(place, tmp_path):
 # --- the same continuations
 
 
-def test_noise_is_shared_and_no_risk_changes_nothing(place, tmp_path):
-    run = PromptedRun(settings(place, tmp_path, methods=(f"static:{place / 'zero'},rule=cap,epsilon=0",)))
+def test_noise_is_shared_and_no_risk_changes_nothing(run_place, tmp_path):
+    run = PromptedRun(settings(run_place, tmp_path, methods=(f"static:{run_place / 'zero'},rule=cap,epsilon=0",)))
     run.generate()
     base, zero = ids_of(run).values()
     assert base == zero
 
 
-def test_continuations_do_not_depend_on_the_other_prompts(done, place, tmp_path):
-    few = PromptedRun(settings(place, tmp_path, batch_size=2))
+def test_continuations_do_not_depend_on_the_other_prompts(done, run_place, tmp_path):
+    few = PromptedRun(settings(run_place, tmp_path, batch_size=2))
     few.generate()
     found = dict(zip([one.key for one in few.prompts], _of_base(few), strict=True))
     assert found == dict(zip([one.key for one in done.prompts], _of_base(done), strict=True))
@@ -168,9 +138,9 @@ def _of_base(run):
     ]
 
 
-def test_two_processes_make_what_one_makes(done, place, tmp_path):
+def test_two_processes_make_what_one_makes(done, run_place, tmp_path):
     for index in (1, 0):
-        run = PromptedRun(settings(place, tmp_path), Processes(index, 2))
+        run = PromptedRun(settings(run_place, tmp_path), Processes(index, 2))
         if index == 1:
             run.generate()
             assert run.generations_of(run.methods[0]).missing(range(4)) == [0, 2]
@@ -179,7 +149,7 @@ def test_two_processes_make_what_one_makes(done, place, tmp_path):
     assert ids_of(run) == ids_of(done)
 
 
-def test_an_interrupted_run_goes_on(done, place, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(done, run_place, tmp_path, monkeypatch):
     made = []
 
     def stop(self, decoder, number):
@@ -190,20 +160,20 @@ def test_an_interrupted_run_goes_on(done, place, tmp_path, monkeypatch):
 
     whole = PromptedRun._generated
     monkeypatch.setattr(PromptedRun, "_generated", stop)
-    run = PromptedRun(settings(place, tmp_path))
+    run = PromptedRun(settings(run_place, tmp_path))
     with pytest.raises(KeyboardInterrupt):
         run.run()
     made.clear()
     monkeypatch.setattr(PromptedRun, "_generated", lambda self, *given: made.append(given[1]) or whole(self, *given))
-    run = PromptedRun(settings(place, tmp_path))
+    run = PromptedRun(settings(run_place, tmp_path))
     run.run(("generate", "score", "measure"))
     assert len(made) == 3 * 4 - 5
     assert ids_of(run) == ids_of(done)
 
 
-def test_launched_processes_killed_and_started_again(done, place, tmp_path):
+def test_launched_processes_killed_and_started_again(done, run_place, tmp_path):
     """`accelerate launch` with two processes, a real kill, and again with one."""
-    given = vars(settings(place, tmp_path))
+    given = vars(settings(run_place, tmp_path))
     flags = ["--model", given["model"], "--prompts", given["prompts"], "--methods", *given["methods"]]
     flags += ["--scorer", "stub", "--split", "all", "--device", "cpu", "--output_dir", str(tmp_path)]
     for name in ("n", "max_new_tokens", "batch_size", "num_prompts"):
@@ -221,7 +191,7 @@ def test_launched_processes_killed_and_started_again(done, place, tmp_path):
         os.killpg(began.pid, signal.SIGKILL)
     began.wait()
     subprocess.run([*launch, str(SCRIPT), *flags, *stages], env=environment, check=True, timeout=120)
-    run = PromptedRun(settings(place, tmp_path))
+    run = PromptedRun(settings(run_place, tmp_path))
     assert not any(run.scores_of(method, run.scorer("stub")).missing(range(4)) for method in run.methods)
     assert ids_of(run) == ids_of(done)
 
@@ -229,10 +199,10 @@ def test_launched_processes_killed_and_started_again(done, place, tmp_path):
 # --- settings that differ
 
 
-def test_another_setting_is_refused(done, place):
+def test_another_setting_is_refused(done, run_place):
     with pytest.raises(InvalidArgumentError, match="batch_size is 5"):
-        PromptedRun(settings(place, done.folder, batch_size=5))
-    other = PromptedRun(settings(place, done.folder, batch_size=0, seed=1, num_prompts=14))
+        PromptedRun(settings(run_place, done.folder, batch_size=5))
+    other = PromptedRun(settings(run_place, done.folder, batch_size=0, seed=1, num_prompts=14))
     with pytest.raises(InvalidArgumentError, match="begun with"):
         other.generate()
 
@@ -249,9 +219,9 @@ def test_another_setting_is_refused(done, place):
         ({"top_p": 0.0}, "top_p is 0"),
     ],
 )
-def test_bad_settings_are_refused(place, tmp_path, changes, said):
+def test_bad_settings_are_refused(run_place, tmp_path, changes, said):
     with pytest.raises(InvalidArgumentError, match=said):
-        settings(place, tmp_path, **changes)
+        settings(run_place, tmp_path, **changes)
 
 
 # --- measuring

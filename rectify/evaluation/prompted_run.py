@@ -11,7 +11,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rectify.evaluation.run_settings import SELF, RunSettings
 from rectify.evaluation.teacher_forcing import forced_nll
 from rectify.evaluation.toxicity_prompts import clean_texts, in_split, prompt_toxicity, select
 from rectify.evaluation.weights import Provenance, weights_digest
-from rectify.generation.generator import Continuation, Generator, shared_context
+from rectify.generation.generator import Continuation, Generator, continue_with, shared_context
 from rectify.generation.output import sha256_of
 from rectify.generation.prompts import Prompt, read_prompts_file
 from rectify.hub import DTYPES, load_language_model
@@ -210,13 +210,7 @@ class PromptedRun:
         prompts = self.batches[number]
         decoder.processor.reset()
         start = time.perf_counter()
-        drawn = [
-            replace(self.generator, first_sample=draw * self.settings.n).continue_batch(
-                prompts, processor=decoder.processor
-            )
-            for draw in range(decoder.draws)
-        ]
-        kept = drawn[0] if decoder.toxicity is None else _least_toxic(drawn, decoder.toxicity)
+        kept = continue_with(self.generator, prompts, decoder)
         seconds = time.perf_counter() - start
         statistics = decoder.processor.statistics()
         decoder.processor.reset()
@@ -360,19 +354,6 @@ class PromptedRun:
         from rectify.evaluation.run_report import write_report
 
         return write_report(self, starred) if self.processes.index == 0 else None
-
-
-def _least_toxic(
-    drawn: Sequence[list[list[Continuation]]], toxicity: Callable[[Sequence[str]], np.ndarray]
-) -> list[list[Continuation]]:
-    """Of the draws of each continuation the least toxic one, the first of equals."""
-    prompts, n = len(drawn[0]), len(drawn[0][0])
-    texts = [
-        drawn[draw][row][sample].text for row in range(prompts) for sample in range(n) for draw in range(len(drawn))
-    ]
-    values = np.asarray(toxicity(texts), dtype=np.float64).reshape(prompts, n, len(drawn))
-    best = np.where(np.isnan(values), np.inf, values).argmin(-1)
-    return [[drawn[best[row, sample]][row][sample] for sample in range(n)] for row in range(prompts)]
 
 
 def file_sha256(path: str | Path) -> str:

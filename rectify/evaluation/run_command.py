@@ -9,9 +9,9 @@ import torch
 from accelerate import PartialState
 
 from rectify.command_line import Parser, execute, say
-from rectify.errors import InvalidArgumentError
 from rectify.evaluation.prompted_run import STAGES, Processes, PromptedRun
 from rectify.evaluation.run_settings import SELF, RunSettings
+from rectify.evaluation.strength_choice import Target, settings_for_target
 from rectify.evaluation.toxicity_prompts import SUBSETS
 from rectify.hub import DTYPES, available_device
 from rectify.methods.specs import METHODS
@@ -62,12 +62,17 @@ def make_parser(prog: str) -> Parser:
     measuring.add_argument("--attributes", nargs="+", default=list(ATTRIBUTES), metavar="NAME", help="default: eight")
     measuring.add_argument("--ppl_model", default=SELF, help="folder or Hub id (default: the model that generates)")
     measuring.add_argument("--allow_missing", action="store_true", help="report prompts with fewer than n scores too")
-    measuring.add_argument(
-        "--target_share",
-        type=float,
-        metavar="SHARE",
-        help="of the methods that differ in one parameter, run on the test split the one that reaches this share of "
-        "toxic continuations on the validation split at least perplexity",
+    choosing = parser.add_argument_group(
+        "choosing", "of the methods that differ in one parameter alone, one is chosen on the validation split"
+    )
+    choosing.add_argument(
+        "--target_share", type=float, metavar="SHARE", help="the least perplexity with this share of toxic ones or less"
+    )
+    choosing.add_argument(
+        "--target_perplexity", type=float, metavar="RATIO", help="the least toxic at this ratio to the base or less"
+    )
+    choosing.add_argument(
+        "--target_scorer", metavar="NAME", help="what tells toxic ones for the choice (default: the first --scorer)"
     )
     running = parser.add_argument_group("running")
     running.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
@@ -95,10 +100,9 @@ def run(arguments: argparse.Namespace) -> None:
         RectifyError: something that was given cannot be used.
     """
     given: dict[str, Any] = vars(arguments)
-    target, stages, threads = given.pop("target_share"), given.pop("stages"), given.pop("threads")
-    show_slurs = given.pop("show_slurs")
-    if target is not None and not 0 <= target <= 1:
-        raise InvalidArgumentError(f"target_share is {target}: give a share from 0 to 1")
+    stages, threads, show_slurs = given.pop("stages"), given.pop("threads"), given.pop("show_slurs")
+    wanted = {name: given.pop(f"target_{name}") for name in ("share", "perplexity", "scorer")}
+    target = Target(**wanted) if any(value is not None for value in wanted.values()) else None
     lists = {"methods": tuple(given["methods"]), "attributes": tuple(given["attributes"])}
     scorers = tuple(given.pop("scorer"))
     # refused before anything is loaded
@@ -108,8 +112,6 @@ def run(arguments: argparse.Namespace) -> None:
     processes, device = _processes(available_device(arguments.device))
     settings = RunSettings(**vars(settings) | {"device": str(device)})
     if target is not None:
-        from rectify.evaluation.target_share import settings_for_target
-
         settings = settings_for_target(settings, target, processes)
     report = PromptedRun(settings, processes).run(stages, starred=not show_slurs)
     if report is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
@@ -268,8 +269,14 @@ def _warnings(run: PromptedRun, scorers: list[Scorer]) -> list[str]:
     others.append(("the model", Provenance.of([run.model])))
     for scorer in scorers:
         own = Provenance.of(networks_of(scorer))
-        shares = [(name, own.shared_with(other)) for name, other in others]
-        found += [f"{scorer.name} shares {what} with {name}: it may praise it" for name, what in shares if what]
+        shares: dict[str, list[str]] = defaultdict(list)
+        for name, other in others:
+            if what := own.shared_with(other):
+                shares[what].append(name)
+        found += [
+            f"{scorer.name} shares {what} with {', '.join(names)}: its scores may flatter"
+            for what, names in shares.items()
+        ]
     return found
 
 

@@ -62,14 +62,19 @@ class Provenance:
     def shared_with(self, other: Provenance) -> str | None:
         """What both have, in words; `None` for nothing."""
         tensors, files = self.tensors & other.tensors, self.files & other.files
-        found = [f"{len(tensors)} weight tensors"] if tensors else []
-        found += [f"training texts ({', '.join(sorted(files))})"] if files else []
+        found = [f"weights (tensors: {len(tensors)})"] if tensors else []
+        found += [f"training texts ({', '.join(_short(name) for name in sorted(files))})"] if files else []
         return " and ".join(found) or None
 
 
 def networks_of(owner: object) -> list[nn.Module]:
     """The networks among the attributes of an object, such as a scorer."""
     return [value for value in vars(owner).values() if isinstance(value, nn.Module)]
+
+
+def _short(name: str) -> str:
+    """The name of a file, or the start of a SHA-256."""
+    return name[:12] if len(name) == 64 else name
 
 
 def _names(value: object) -> list[str]:

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 
 from rectify.command_line import Parser, execute, say
 from rectify.errors import InvalidArgumentError, PromptError
+from rectify.generation.chosen_method import chosen_method
 from rectify.generation.display import Display
-from rectify.generation.generator import Generator, batches, shared_context
+from rectify.generation.generator import Generator, batches, continue_with, shared_context
 from rectify.generation.output import GenerationFile, Records, sha256_of
 from rectify.generation.prompts import EXAMPLES, Prompt, numbered, read_prompts_file, read_standard_input
+from rectify.generation.trace import PromptTrace, counts, trace_of
+from rectify.generation.trace_file import trace_path, write_trace
 from rectify.hub import DTYPES, POCKET, available_device, checkpoint_folder, load_language_model
+from rectify.methods.base import Base
+from rectify.methods.method import Decoder, Method
+from rectify.methods.rectification import Rectify
+from rectify.methods.specs import METHODS
 from rectify.processor import RectificationProcessor, Statistics
-from rectify.q_network import DeadEndQNetwork
-from rectify.rule import RULES, Rule, make_rule
+from rectify.rule import RULES
 from rectify.sampling import Sampling
 from rectify.version import __version__
 
-_POCKET_Q = {"pocket": "pocket-q"}
-
-Arms = dict[str, RectificationProcessor | None]
+Arms = dict[str, Decoder]
+"""What continues the prompts, the base first, by the names that are shown."""
 
 
 def make_parser(prog: str) -> Parser:
     """The flags of the command."""
     parser = Parser(
         prog=prog,
-        description="Continue prompts with a language model, as it is or rectified.",
+        description="Continue prompts with a language model, as it is or changed by a method, such as rectification.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", default="pocket", help="folder or Hub id (default: the bundled pocket model)")
@@ -41,9 +47,14 @@ def make_parser(prog: str) -> Parser:
         help='JSON lines, "-" for standard input: strings, {"prompt": "…"} or RealToxicityPrompts records',
     )
     source.add_argument("--skip_bad_lines", action="store_true", help="count unusable lines and go on")
-    rectification = parser.add_argument_group("rectification")
+    parser.add_argument(
+        "--method",
+        metavar="NAME[:PATH][,key=value…]",
+        help=f"change the model by a method, such as rectify:pocket-q,beta=8; one of {', '.join(METHODS)}",
+    )
+    parser.add_argument("--compare", action="store_true", help="base and method (default: rectify), side by side")
+    rectification = parser.add_argument_group("rectification", "the method rectify by single flags")
     rectification.add_argument("--rectify", action="store_true", help="rectify the model while it generates")
-    rectification.add_argument("--compare", action="store_true", help="base and rectified, side by side")
     rectification.add_argument("--q", metavar="PATH", help="Q network: folder or Hub id (default: the pocket model's)")
     rectification.add_argument("--rule", choices=tuple(RULES), help="default: tilt")
     rectification.add_argument("--beta", type=float, help="tilt: exponent of the survival probability (default 6)")
@@ -69,6 +80,12 @@ def make_parser(prog: str) -> Parser:
     running.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: float32 on a CPU")
     running.add_argument("--batch_size", type=int, default=8, help="prompts at a time (default: %(default)s)")
     running.add_argument("--output", metavar="FILE.jsonl", help="append records with generations; resumed on restart")
+    running.add_argument(
+        "--trace",
+        metavar="FILE.html|FILE.json",
+        help="how each token of the method's continuations came to be: its risk, its probability before and after the "
+        "method, its cap, and what the base would have chosen; not with beams, best_of_n or --output",
+    )
     parser.add_argument("--version", action="version", version=f"rectify {__version__}")
     return parser
 
@@ -92,12 +109,13 @@ def _check(arguments: argparse.Namespace) -> None:
             f"num_return_sequences is {arguments.num_return_sequences}, without sampling no more than num_beams "
             f"{arguments.num_beams}: raise num_beams, or sample"
         )
-    if not (arguments.rectify or arguments.compare):
-        for name in ("q", "rule", "beta", "tau", "threshold", "epsilon"):
-            if getattr(arguments, name) is not None:
-                raise InvalidArgumentError(f"{name} is given, but nothing is rectified: add --rectify or --compare")
     if arguments.prompt and arguments.prompts_file:
         raise InvalidArgumentError("prompt and prompts_file are both given: give one of them")
+    if arguments.trace and arguments.output:
+        raise InvalidArgumentError(
+            f"trace is {arguments.trace!r} with output {arguments.output!r}: what a resumed output holds is not "
+            "generated again, so give one of them"
+        )
 
 
 def _prompts(arguments: argparse.Namespace) -> tuple[list[Prompt], str | None, bool]:
@@ -122,31 +140,25 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.do_sample is None:
         arguments.do_sample = arguments.num_beams == 1
     _check(arguments)
-    rule = make_rule(
-        arguments.rule or "tilt",
-        beta=arguments.beta,
-        tau=arguments.tau,
-        threshold=arguments.threshold,
-        epsilon=arguments.epsilon,
-    )
+    method = chosen_method(arguments)
     given = {name: getattr(arguments, name) for name in ("do_sample", "temperature", "top_k", "top_p", "num_beams")}
     Sampling.resolve(None, **given)  # refuse bad values before anything is loaded
     device = available_device(arguments.device)
+    trace = trace_path(arguments.trace) if arguments.trace else None
     prompts, note, examples = _prompts(arguments)
-    compare = arguments.compare or (examples and arguments.rectify)
-    rectifying = arguments.rectify or compare
-    q_name = arguments.q or _POCKET_Q.get(arguments.model)
-    if rectifying and q_name is None:
-        raise InvalidArgumentError(f"q is not given: name a Q network for the vocabulary of {arguments.model!r}")
+    methods: dict[str, Method] = {}
+    if arguments.compare or examples or isinstance(method, Base):  # the examples show what a method changes
+        methods["base"] = Base()
+    if not isinstance(method, Base):
+        methods["rectified" if isinstance(method, Rectify) else method.name] = method
 
     model, tokenizer = load_language_model(arguments.model, DTYPES.get(arguments.dtype), device)
     sampling = Sampling.resolve(model.generation_config, **given)
     notes = [f"model: {_described(arguments.model, model)}, {str(model.dtype).removeprefix('torch.')}, {device}", note]
-    processor = None
-    if q_name is not None and rectifying:
-        q_network = DeadEndQNetwork.from_pretrained(q_name, device=device, model=model)
-        processor = RectificationProcessor(q_network, rule, model=model, tokenizer=tokenizer, **given)
-        notes.insert(1, f"Q network: {_described(q_name, q_network)}; rule: {rule}")
+    arms = {arm: each.bind(model, tokenizer, given) for arm, each in methods.items()}
+    decoder = list(arms.values())[-1]
+    if not isinstance(method, Base):
+        notes.insert(1, _described_method(method, decoder))
     generator = Generator(
         model,
         tokenizer,
@@ -156,30 +168,29 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.num_return_sequences,
         arguments.seed,
     )
-    prompts, skipped = _fitting(generator, prompts, processor, arguments.skip_bad_lines)
+    prompts, skipped = _fitting(generator, prompts, decoder, arguments.skip_bad_lines)
     if skipped:
         notes.append(f"prompts: {skipped} skipped, too long for the context or without a token")
-    arms: Arms = {"base": None} if compare or not rectifying else {}
-    if processor is not None:
-        arms["rectified"] = processor
-    file = _file(generator, arms, prompts, arguments, rule, q_name) if arguments.output else None
+    settings = _settings(generator, method, arms, prompts, arguments)
+    file = GenerationFile(arguments.output, settings) if arguments.output else None
     # said only now, so that a refusal is one line
     for line in filter(None, notes):
         say(line)
-    if file is None:
-        _show(generator, arms, prompts, arguments.batch_size)
-    else:
+    if file is not None:
         _write(generator, arms, prompts, arguments.batch_size, file)
-    if processor is not None:
-        say(_summary(processor.statistics()))
+    else:
+        traces = _show(generator, arms, prompts, arguments.batch_size, trace is not None)
+        if trace is not None:
+            rule = repr(decoder.processor.rule) if isinstance(decoder.processor, RectificationProcessor) else None
+            write_trace(trace, {"rectify": __version__} | settings | {"rule": rule}, traces)
+            say(f"trace: {trace}, {counts(traces)}")
+    if (statistics := decoder.processor.statistics()) is not None:
+        say(_summary(statistics))
 
 
-def _fitting(
-    generator: Generator, prompts: list[Prompt], processor: RectificationProcessor | None, skip: bool
-) -> tuple[list[Prompt], int]:
+def _fitting(generator: Generator, prompts: list[Prompt], decoder: Decoder, skip: bool) -> tuple[list[Prompt], int]:
     """The prompts that fit the context, and how many were left out."""
-    risk_models = () if processor is None else (processor.q_network,)
-    unusable = generator.unusable(prompts, shared_context(generator.model, risk_models))
+    unusable = generator.unusable(prompts, shared_context(generator.model, decoder.reads))
     if skip and len(unusable) < len(prompts):
         return [prompt for index, prompt in enumerate(prompts) if index not in unusable], len(unusable)
     for index, message in unusable.items():
@@ -187,35 +198,36 @@ def _fitting(
     return prompts, 0
 
 
-def _show(generator: Generator, arms: Arms, prompts: list[Prompt], batch_size: int) -> None:
-    display = Display(generator.decode)
-    judge = arms.get("rectified")
+def _show(generator: Generator, arms: Arms, prompts: list[Prompt], batch_size: int, tracing: bool) -> list[PromptTrace]:
+    """Show the continuations; returns the trace of the last arm's, if it is asked for."""
+    display = Display(generator.decode, max(map(len, arms)))
+    traced, decoder = list(arms.items())[-1]
+    judge = decoder.processor if isinstance(decoder.processor, RectificationProcessor) else None
     if judge is not None:
         display.legend()
+    traces: list[PromptTrace] = []
     for number, batch in batches(prompts, batch_size):
-        results = {arm: generator.continue_batch(batch, number, processor) for arm, processor in arms.items()}
+        results = {arm: continue_with(generator, batch, each, number) for arm, each in arms.items()}
         for index, prompt in enumerate(batch):
             display.prompt(prompt)
             for arm, continuations in results.items():
                 for continuation in continuations[index]:
                     risks = generator.risks(judge, prompt, continuation) if judge is not None else None
                     display.continuation(arm, continuation, risks)
+        if tracing:
+            traces += trace_of(generator, batch, results[traced], decoder)
+    return traces
 
 
-def _file(
-    generator: Generator,
-    arms: Arms,
-    prompts: list[Prompt],
-    arguments: argparse.Namespace,
-    rule: Rule,
-    q_name: str | None,
-) -> GenerationFile:
-    settings = {
+def _settings(
+    generator: Generator, method: Method, arms: Arms, prompts: list[Prompt], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """What the continuations depend on."""
+    return {
         "model": arguments.model,
         "dtype": str(generator.model.dtype),
-        "arms": list(arms),
-        "q": q_name if "rectified" in arms else None,
-        "rule": repr(rule) if "rectified" in arms else None,
+        "method": method.label,
+        "compare": len(arms) > 1,
         "sampling": repr(generator.sampling),
         "max_new_tokens": generator.max_new_tokens,
         "min_new_tokens": generator.min_new_tokens,
@@ -224,7 +236,6 @@ def _file(
         "batch_size": arguments.batch_size,
         "prompts": sha256_of([prompt.record for prompt in prompts]),
     }
-    return GenerationFile(arguments.output, settings)
 
 
 def _write(generator: Generator, arms: Arms, prompts: list[Prompt], batch_size: int, file: GenerationFile) -> None:
@@ -232,7 +243,7 @@ def _write(generator: Generator, arms: Arms, prompts: list[Prompt], batch_size: 
         say(f"output: {file.path} holds {file.done} of {len(prompts)} prompts; going on from there")
 
     def make(batch: list[Prompt], number: int) -> Records:
-        results = {arm: generator.continue_batch(batch, number, processor) for arm, processor in arms.items()}
+        results = {arm: continue_with(generator, batch, each, number) for arm, each in arms.items()}
         records = []
         for index, prompt in enumerate(batch):
             record = dict(prompt.record)
@@ -253,6 +264,17 @@ def _summary(statistics: Statistics) -> str:
         f"{statistics.capped} tokens capped or removed, "
         f"{statistics.widened} widenings, {statistics.dead_ends} dead ends"
     )
+
+
+def _described_method(method: Method, decoder: Decoder) -> str:
+    parts = [f"method: {method.label}"]
+    if method.path in POCKET:
+        parts[0] += f" ({checkpoint_folder(method.path)})"
+    if read := sum(parameter.numel() for module in decoder.reads for parameter in module.parameters()):
+        parts.append(f"{read / 1e6:.1f} M parameters beside the model")
+    if isinstance(decoder.processor, RectificationProcessor):
+        parts.append(f"rule: {decoder.processor.rule}")
+    return "; ".join(parts)
 
 
 def _described(name: str, module: torch.nn.Module) -> str:

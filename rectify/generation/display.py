@@ -25,11 +25,12 @@ class Display:
 
     Args:
         decode: from token ids to text.
+        width: of the longest label of a continuation.
         console: where to write.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], console: Console | None = None) -> None:
-        self.decode = decode
+    def __init__(self, decode: Callable[[Sequence[int]], str], width: int = 0, console: Console | None = None) -> None:
+        self.decode, self.width = decode, max(width, 10)
         self.console = console or Console(soft_wrap=True, highlight=False, emoji=False, markup=False)
 
     def legend(self) -> None:
@@ -45,11 +46,11 @@ class Display:
     def prompt(self, prompt: Prompt) -> None:
         """The heading of a prompt's continuations."""
         self.console.print()
-        self.console.print(Text("prompt     ", style="dim").append(prompt.text, style="bold"))
+        self.console.print(Text(f"{'prompt':<{self.width}} ", style="dim").append(prompt.text, style="bold"))
 
     def continuation(self, label: str, continuation: Continuation, risks: Sequence[float] | None) -> None:
         """One continuation, and the highest risk of its tokens where risks are given."""
-        line = Text(f"{label:<10} ", style="dim")
+        line = Text(f"{label:<{self.width}} ", style="dim")
         if risks is None or not self.console.is_terminal:
             line.append(_one_line(continuation.text), style="none")
         else:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.generation.prompts import Prompt
 from rectify.keyed_noise import KeyedSampling, row_keys
-from rectify.methods.method import MethodProcessor
+from rectify.methods.method import Decoder, MethodProcessor
 from rectify.processor import RectificationProcessor
 from rectify.q_network import token_risks
-from rectify.risk_model import RiskModel
 from rectify.sampling import Sampling
 
 
@@ -75,6 +75,13 @@ class Generator:
         """Whether tokens are drawn with keyed noise, and not by greedy or beam search."""
         return self.sampling.do_sample is not False and self.sampling.num_beams == 1
 
+    def keys(self, prompts: Sequence[Prompt]) -> Tensor | None:
+        """What the noise of each continuation is keyed by, `[prompts × num_return_sequences]`; `None` without any."""
+        if not self.sampled:
+            return None
+        samples = range(self.first_sample, self.first_sample + self.num_return_sequences)
+        return row_keys(self.seed, [prompt.key for prompt in prompts], samples)
+
     @torch.no_grad()
     def continue_batch(
         self, prompts: list[Prompt], number: int = 0, processor: MethodProcessor | None = None
@@ -94,10 +101,8 @@ class Generator:
         length, n = inputs["input_ids"].shape[1], self.num_return_sequences
         if processor is not None:
             processor.set_attention_mask(inputs["attention_mask"])
-        if self.sampled:
-            keys = row_keys(
-                self.seed, [prompt.key for prompt in prompts], range(self.first_sample, self.first_sample + n)
-            )
+        keys = self.keys(prompts)
+        if keys is not None:
             first = [processor] if processor is not None else self.sampling.warpers(self.model.device)
             how: dict[str, Any] = self.sampling.generate_kwargs() | {
                 "do_sample": False,
@@ -157,11 +162,47 @@ class Generator:
         return risks[0, len(prefix) :].tolist()
 
 
-def shared_context(model: PreTrainedModel, risk_models: Iterable[RiskModel] = ()) -> int | None:
-    """Longest prefix in tokens that the model and all risk models were made for, or `None` for no limit."""
+def continue_with(
+    generator: Generator, prompts: list[Prompt], decoder: Decoder, number: int = 0
+) -> list[list[Continuation]]:
+    """Continuations of each prompt of a batch by a method; where it draws several for each, the least toxic of them.
+
+    Args:
+        generator: made for the model that the method is bound to.
+        prompts, number: see `Generator.continue_batch`.
+        decoder: the method. One that draws several needs a generator that samples, or all would be equal.
+    """
+    n = generator.num_return_sequences
+    drawn = [
+        replace(generator, first_sample=draw * n).continue_batch(prompts, number, decoder.processor)
+        for draw in range(decoder.draws)
+    ]
+    return drawn[0] if decoder.toxicity is None else _least_toxic(drawn, decoder.toxicity)
+
+
+def _least_toxic(
+    drawn: Sequence[list[list[Continuation]]], toxicity: Callable[[Sequence[str]], np.ndarray]
+) -> list[list[Continuation]]:
+    """Of the draws of each continuation the least toxic one, the first of equals."""
+    prompts, n = len(drawn[0]), len(drawn[0][0])
+    texts = [
+        drawn[draw][row][sample].text for row in range(prompts) for sample in range(n) for draw in range(len(drawn))
+    ]
+    values = np.asarray(toxicity(texts), dtype=np.float64).reshape(prompts, n, len(drawn))
+    best = np.where(np.isnan(values), np.inf, values).argmin(-1)
+    return [[drawn[best[row, sample]][row][sample] for sample in range(n)] for row in range(prompts)]
+
+
+def shared_context(model: PreTrainedModel, reads: Iterable[object] = ()) -> int | None:
+    """Longest prefix in tokens that the model and all that reads along was made for, or `None` for no limit.
+
+    Args:
+        model: the language model.
+        reads: what has a `context`, such as a Q network; others set no limit.
+    """
     contexts = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
-    contexts += [risk_model.context for risk_model in risk_models]
-    return min((context for context in contexts if context is not None), default=None)
+    contexts += [getattr(each, "context", None) for each in reads]
+    return min((context for context in contexts if isinstance(context, int)), default=None)
 
 
 def batches(prompts: list[Prompt], size: int) -> Iterator[tuple[int, list[Prompt]]]:

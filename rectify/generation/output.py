@@ -125,9 +125,14 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
         value: what it holds.
         indent: for people; `None` for one line.
     """
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may write it at the same time
     # what is no valid Unicode is written in ASCII
-    fresh.write_text(json.dumps(value, indent=indent, ensure_ascii=indent is None) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(value, indent=indent, ensure_ascii=indent is None) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may write it at the same time
+    fresh.write_text(text, encoding="utf-8")
     os.replace(fresh, path)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.detectors import ToxicityClassifier
-from rectify.errors import InvalidArgumentError
+from rectify.errors import InvalidArgumentError, VocabularyMismatchError
 from rectify.methods.base import WarpingProcessor
 from rectify.methods.causal_states import CausalStates
 from rectify.methods.method import Decoder, Method
@@ -41,7 +41,13 @@ class PrefixToxicity:
                 f"the classifier's backbone {classifier.config.base_model!r} is no causal model: train one on a "
                 "causal backbone of the language model's vocabulary"
             )
-        Fingerprint.of(classifier.tokenizer).check(tokenizer)
+        own, other = Fingerprint.of(classifier.tokenizer), Fingerprint.of(tokenizer)
+        if own.sha256 != other.sha256:
+            raise VocabularyMismatchError(
+                f"tokenizer {tokenizer.name_or_path!r} of {other.size} tokens is not that of the classifier, whose "
+                f"backbone {classifier.config.base_model!r} has {own.size} tokens: train one on a backbone of this "
+                "vocabulary"
+            )
         self.classifier = classifier
         self._states = CausalStates(cast(PreTrainedModel, inner.base_model))
         self._memo = PrefixMemo(self._states)
@@ -56,7 +62,20 @@ class PrefixToxicity:
         """`[B, T]` ids, `MASKED` at padding, and `[B, K]` tokens to `[B, K]` float32 probabilities of the first label.
 
         All tokens of all rows are read in one run, over the shared states of their prefixes.
+
+        Raises:
+            InvalidArgumentError: the prefixes are empty, or longer than the classifier's context.
         """
+        if not prefixes.shape[1]:
+            raise InvalidArgumentError("input_ids are empty: give generate token ids, not inputs_embeds")
+        context = getattr(self._states.config, "max_position_embeddings", None)
+        if context is not None and prefixes.shape[1] >= context:
+            longest = int((prefixes != MASKED).sum(-1).max()) + 1
+            if longest > context:
+                raise InvalidArgumentError(
+                    f"the classifier would read {longest} tokens, and its context is {context}: shorten the prompts, "
+                    "or generate fewer tokens"
+                )
         if self._states.branches:
             hidden = self._memo.branch_states(prefixes, tokens)
         else:
@@ -79,6 +98,9 @@ class RewardRerankingProcessor(WarpingProcessor):
         beta, k: see `RewardReranking`.
         model, tokenizer, sampling: see `WarpingProcessor`.
     """
+
+    # it needs whole prefixes, and continuous batching gives the last token only
+    supports_continuous_batching = False
 
     def __init__(
         self,

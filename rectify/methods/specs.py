@@ -53,7 +53,8 @@ def parse_method(spec: str) -> Method:
         try:
             given[key] = known[key](value)
         except ValueError as error:
-            raise InvalidArgumentError(f"method {spec!r}: {key} is {value!r}: give a number") from error
+            number = "a whole number" if known[key] is int else "a number"
+            raise InvalidArgumentError(f"method {spec!r}: {key} is {value!r}: give {number}") from error
     try:
         return kind(path=path or None, **given)
     except InvalidArgumentError as error:

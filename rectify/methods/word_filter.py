@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -21,15 +21,18 @@ from rectify.scoring.keywords import read_terms
 class WordFilterProcessor(WarpingProcessor):
     """Forbids the token that would complete a listed word, and warps what is left.
 
-    A word is met in lower case, capitalised and in capitals; at the start of a text or after a space, and without a
-    space only where no word is going on. What follows is not known when its last token is chosen, so longer words that
-    begin with the tokens of a listed one are forbidden too, as in every filter of this kind; words that other tokens
-    make up are missed.
+    A word is met as it is listed, in lower case, capitalised and in capitals; at the start of a text or after a space,
+    and without a space only where no word is going on. What follows is not known when its last token is chosen, so
+    longer words that begin with the tokens of a listed one are forbidden too, as in every filter of this kind; words
+    that other tokens make up are missed.
 
     Args:
         terms: the words, of one token or several.
         model, tokenizer, sampling: see `WarpingProcessor`.
     """
+
+    # it needs whole prefixes, and continuous batching gives the last token only
+    supports_continuous_batching = False
 
     def __init__(
         self,
@@ -46,11 +49,9 @@ class WordFilterProcessor(WarpingProcessor):
         self._goes_on = goes_on.to(model.device)
         by_length: dict[int, set[tuple[bool, tuple[int, ...]]]] = defaultdict(set)
         for term in terms:
-            for form in {term.lower(), term.capitalize(), term.upper()}:
-                for spaced in (True, False):
-                    ids = tuple(tokenizer(" " * spaced + form, add_special_tokens=False)["input_ids"])
-                    if ids:
-                        by_length[len(ids)].add((spaced, ids))
+            for form in {term, term.lower(), term.capitalize(), term.upper()}:
+                for spaced, ids in _spellings(tokenizer, form):
+                    by_length[len(ids)].add((spaced, ids))
         self._words = [
             (
                 torch.tensor([ids for _, ids in sorted(words)], device=model.device),
@@ -79,6 +80,22 @@ class WordFilterProcessor(WarpingProcessor):
         left = scores.masked_fill(banned, -torch.inf)
         nothing = ~(left > -torch.inf).any(-1, keepdim=True)
         return self.warp(input_ids, torch.where(nothing, scores, left))
+
+
+def _spellings(tokenizer: PreTrainedTokenizerBase, form: str) -> Iterator[tuple[bool, tuple[int, ...]]]:
+    """The ids of a word after a space (True) and without one (False), where the vocabulary can spell it."""
+
+    def ids_of(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    # SentencePiece writes a space before whatever a text begins with, but none after the end of a line
+    line = ids_of("\n")
+    for spaced in (True, False):
+        text = " " * spaced + form
+        ids = ids_of("\n" + text)
+        ids = ids[len(line) :] if ids[: len(line)] == line else ids_of(text)
+        if ids and tokenizer.unk_token_id not in ids:
+            yield spaced, ids
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,61 @@
+"""The method of the command that continues prompts, by its spec or by the single flags of rectification."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from rectify.errors import InvalidArgumentError
+from rectify.generation.trace import check_traceable
+from rectify.methods.base import Base
+from rectify.methods.best_of_n import BestOfN
+from rectify.methods.method import Method
+from rectify.methods.rectification import Rectify, Static
+from rectify.methods.specs import parse_method
+
+_FLAGS = ("q", "rule", "beta", "tau", "threshold", "epsilon")
+_POCKET_Q = {"pocket": "pocket-q"}
+
+
+def chosen_method(arguments: argparse.Namespace) -> Method:
+    """The method that is asked for, by `--method` or by the flags of rectification; the base without either.
+
+    Raises:
+        InvalidArgumentError: both are given, the method does not fit the other flags, or a value is out of range.
+    """
+    given = {name: getattr(arguments, name) for name in _FLAGS if getattr(arguments, name) is not None}
+    method: Method = Base()
+    if arguments.method is not None:
+        if arguments.rectify or given:
+            name = next(iter(given), "rectify")
+            raise InvalidArgumentError(
+                f"method is {arguments.method!r}, and {name} is given too: leave one out; parameters are part of the "
+                "method, as in rectify:pocket-q,beta=8"
+            )
+        method = parse_method(arguments.method)
+        if arguments.compare and isinstance(method, Base):
+            raise InvalidArgumentError("method is 'base' with compare: name a method to be compared with the base")
+    elif arguments.rectify or arguments.compare:
+        method = Rectify(path=given.pop("q", None), **given)
+    elif given:
+        raise InvalidArgumentError(
+            f"{next(iter(given))} is given, but nothing is rectified: add --rectify or --compare"
+        )
+    if isinstance(method, Rectify) and method.path is None:
+        if arguments.model not in _POCKET_Q:
+            raise InvalidArgumentError(f"q is not given: name a Q network for the vocabulary of {arguments.model!r}")
+        method = replace(method, path=_POCKET_Q[arguments.model])
+    draws = method.n if isinstance(method, BestOfN) else 1
+    if draws > 1 and (arguments.num_beams > 1 or not arguments.do_sample):
+        raise InvalidArgumentError(
+            f"method is {method.label!r} without sampling, or with beams: its {draws} draws would be equal; sample, "
+            "with --num_beams 1"
+        )
+    if arguments.num_beams > 1 and not isinstance(method, Base | BestOfN | Rectify | Static):
+        raise InvalidArgumentError(
+            f"num_beams is {arguments.num_beams}: the scores of {method.name} are no probabilities, which beams are "
+            "compared by; leave --num_beams out"
+        )
+    if arguments.trace:
+        check_traceable(arguments.num_beams, draws)
+    return method
