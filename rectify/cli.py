@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 VERBS = {
-    "generate": "continue prompts with a language model, as it is or rectified",
+    "generate": "continue prompts with a language model, as it is or by a method",
     "build": "make training data: trajectories of the Q network",
-    "train": "train a Q network, a toxicity classifier, or a table of token risks",
+    "train": "train a Q network, a toxicity classifier, a scorer, or a baseline",
     "score": "score the texts of files, by a local scorer or the Perspective API",
     "serve": "a local server in place of the Perspective API",
     "import": "turn a checkpoint of the published system into a Q network",

@@ -243,3 +243,13 @@ def test_a_list_that_cannot_be_used_is_refused(pocket, tmp_path, name, content, 
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidArgumentError, match=said):
         WordFilter(path=str(tmp_path / name)).bind(*pocket, PLAIN)
+
+
+def test_another_list_is_another_revision(tmp_path):
+    model, tokenizer = load_language_model("pocket")
+    path = tmp_path / "words.txt"
+    revisions = []
+    for words in ("fool\n", "fool\nidiot\n", "fool\n"):
+        path.write_text(words)
+        revisions.append(WordFilter(path=str(path)).bind(model, tokenizer, {}).revision)
+    assert revisions[0] == revisions[2] != revisions[1]

@@ -166,6 +166,7 @@ class PromptedRun:
                 "parameters": provenance.parameters,
                 "tensors": sorted(provenance.tensors),
                 "files": sorted(provenance.files),
+                "revision": decoder.revision,
             }
             Parts(self.folder_of(method) / _WEIGHTS, read)
         return Parts(self.folder_of(method) / "generations", key)
@@ -192,8 +193,7 @@ class PromptedRun:
         decoders = {method: self.bound(method) for method in wanted}
         parts = {method: self.generations_of(method, decoder) for method, decoder in decoders.items()}
         for method, decoder in decoders.items():
-            contexts = [context for each in decoder.reads if isinstance(context := getattr(each, "context", None), int)]
-            if contexts and (unusable := self.generator.unusable(self.prompts, min(contexts))):
+            if unusable := self.generator.unusable(self.prompts, shared_context(self.model, decoder.reads)):
                 raise InvalidArgumentError(f"method {method.label!r}: prompt too long: {next(iter(unusable.values()))}")
         with self._progress("generate", len(mine) * len(wanted)) as progress:
             for number in mine:

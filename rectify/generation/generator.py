@@ -198,10 +198,14 @@ def shared_context(model: PreTrainedModel, reads: Iterable[object] = ()) -> int 
 
     Args:
         model: the language model.
-        reads: what has a `context`, such as a Q network; others set no limit.
+        reads: other language models, or what has a `context`, such as a Q network; others set no limit.
     """
-    contexts = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
-    contexts += [getattr(each, "context", None) for each in reads]
+    contexts = [
+        getattr(each.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(each, PreTrainedModel)
+        else getattr(each, "context", None)
+        for each in (model, *reads)
+    ]
     return min((context for context in contexts if isinstance(context, int)), default=None)
 
 

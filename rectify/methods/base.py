@@ -10,6 +10,7 @@ import torch
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.errors import InvalidArgumentError
 from rectify.methods.method import Decoder, Method
 from rectify.padding import Padding
 from rectify.processor import Statistics
@@ -57,6 +58,10 @@ class Base(Method):
 
     name: ClassVar[str] = "base"
     source: ClassVar[str] = "the language model as it is"
+
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            raise InvalidArgumentError(f"base is given {self.path!r}, and reads nothing: leave it out")
 
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> Decoder:
         """See `Method.bind`."""

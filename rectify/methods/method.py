@@ -44,12 +44,14 @@ class Decoder:
         toxicity: of `draws` texts, by what the kept one is chosen: the least; NaN is never chosen while there is
             another. `None` where nothing is chosen.
         reads: the networks that it runs besides the model.
+        revision: what else of its files its choices depend on, such as the digest of a word list.
     """
 
     processor: MethodProcessor
     draws: int = 1
     toxicity: Callable[[Sequence[str]], np.ndarray] | None = None
     reads: tuple[nn.Module, ...] = ()
+    revision: str = ""
 
 
 @dataclass(frozen=True)

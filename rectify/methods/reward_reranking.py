@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.detectors import ToxicityClassifier
 from rectify.errors import InvalidArgumentError, VocabularyMismatchError
+from rectify.generation.output import sha256_of
 from rectify.methods.base import WarpingProcessor
 from rectify.methods.causal_states import CausalStates
 from rectify.methods.method import Decoder, Method
@@ -162,4 +163,4 @@ class RewardReranking(Method):
         classifier = ToxicityClassifier.from_pretrained(self.path or "pocket-reward", device=model.device)
         toxicity = PrefixToxicity(classifier, tokenizer)
         processor = RewardRerankingProcessor(toxicity, self.beta, self.k, model, tokenizer, sampling)
-        return Decoder(processor, reads=(classifier,))
+        return Decoder(processor, reads=(classifier,), revision=sha256_of(classifier.config.calibration))

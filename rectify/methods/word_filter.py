@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.errors import InvalidArgumentError
+from rectify.generation.output import sha256_of
 from rectify.methods.base import WarpingProcessor
 from rectify.methods.method import Decoder, Method
 from rectify.scoring.keywords import read_terms
@@ -114,4 +115,4 @@ class WordFilter(Method):
         terms = [term.strip() for term in read_terms(Path(cast(str, self.path))) if term.strip()]
         if not terms:
             raise InvalidArgumentError(f"word_filter {self.path!r} holds no word: give a word a line")
-        return Decoder(WordFilterProcessor(terms, model, tokenizer, sampling))
+        return Decoder(WordFilterProcessor(terms, model, tokenizer, sampling), revision=sha256_of(terms))
