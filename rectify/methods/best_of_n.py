@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.detectors import ToxicityClassifier
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import sha256_of
 from rectify.methods.base import WarpingProcessor
 from rectify.methods.method import Decoder, Method
 
@@ -44,5 +43,4 @@ class BestOfN(Method):
         def toxicity(texts: Sequence[str]) -> np.ndarray:
             return classifier.probabilities([text.strip() for text in texts], batch_size=256)
 
-        revision = sha256_of(classifier.config.calibration)
-        return Decoder(WarpingProcessor(model, tokenizer, sampling), self.n, toxicity, (classifier,), revision)
+        return Decoder(WarpingProcessor(model, tokenizer, sampling), self.n, toxicity, (classifier,))
