@@ -8,12 +8,16 @@ import types
 import numpy as np
 import pytest
 
+from rectify import RectificationProcessor, Tilt
 from rectify.builders.selection import Counts, compile_trajectories, sample_items
 from rectify.builders.settings import TrajectorySettings
 from rectify.builders.trajectories import build_trajectories, label_trajectories
 from rectify.cli import main
 from rectify.errors import InvalidArgumentError
+from rectify.methods.method import Decoder
+from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
 from rectify.text_files import LabelledText
+from rectify.vocabulary import Fingerprint
 
 SETTINGS = TrajectorySettings(
     prompt_tokens=4, n=3, max_new_tokens=4, min_new_tokens=2, batch_size=3, validation_share=0.3, drop_clean=0.3
@@ -357,6 +361,31 @@ def test_the_command(command, tmp_path):
     code, err = command(*flags, "--num_texts", "2")
     assert (code, err.count("\n")) == (2, 1)
     assert "begun with" in err
+
+
+def test_a_rectified_policy_continues_the_texts(model, make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "left"
+    risk = np.random.default_rng(3).random(97)
+    table = StaticTokenRisk(risk, StaticRiskConfig(97, 0.5, 20.0, Fingerprint.of(tokenizer)))
+    decoder = Decoder(RectificationProcessor(table, Tilt(beta=40), model=model, tokenizer=tokenizer, do_sample=True))
+    means = []
+    for name, by in (("base", None), ("rectified", decoder)):
+        settings = dataclasses.replace(SETTINGS, keep="all", drop_clean=0.0)
+        build_trajectories(TEXTS, model, tokenizer, Score(), settings, tmp_path / name, decoder=by)
+        words = " ".join(record["continuation"] for record in records(tmp_path / name)).split()
+        means.append(np.mean([risk[int(word[1:])] for word in words]))
+    assert means[1] < means[0] - 0.2
+
+
+def test_the_command_names_the_method(command, tmp_path):
+    flags = ("--model", "pocket", "--reward_model", "judge", "--n", "2", "--max_new_tokens", "10")
+    assert command(*flags, "--method", "rectify:pocket-q,beta=3")[0] == 0
+    settings = json.loads((tmp_path / "out" / "generations.jsonl.settings.json").read_text())
+    assert settings["method"] == "rectify:pocket-q,beta=3"
+    code, err = command(*flags)
+    assert code == 2
+    assert "begun with method" in err
 
 
 def test_the_command_with_labels(command, tmp_path):

@@ -11,6 +11,7 @@ from rectify.builders.trajectories import build_trajectories, label_trajectories
 from rectify.command_line import Parser, execute, say
 from rectify.errors import InvalidArgumentError
 from rectify.hub import DTYPES, available_device, load_language_model
+from rectify.methods.specs import parse_method
 from rectify.text_files import TEXT_COLUMN, read_labelled_texts, read_texts
 
 _SETTINGS = TrajectorySettings()
@@ -53,6 +54,11 @@ def make_parser(prog: str) -> Parser:
 
     own = trajectories.add_argument_group("continuations", "of the beginnings of texts, for texts without labels")
     own.add_argument("--model", help="language model: folder, Hub id, or pocket")
+    own.add_argument(
+        "--method",
+        metavar="NAME[:PATH][,key=value…]",
+        help="that continues the texts, such as rectify:my-q-network,beta=6 (default: the model as it is)",
+    )
     own.add_argument("--reward_model", metavar="FOLDER", help="classifier that scores the continuations, each alone")
     setting(own, "prompt_tokens", "tokens of a text that make its prompt")
     setting(own, "n", "continuations a prompt")
@@ -87,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     num_texts = given.get("num_texts")
     sample_items([], num_texts, settings.seed)  # refuses a bad number before anything is read
     if "label_column" in given:
-        for name in ("model", "reward_model", "device", "dtype", *chosen):
+        for name in ("model", "method", "reward_model", "device", "dtype", *chosen):
             if name in given and name not in _BOTH:
                 raise InvalidArgumentError(f"{name} is given with label_column, which needs no model: give one of them")
         labelled = read_labelled_texts(arguments.texts, arguments.text_column, arguments.label_column)
@@ -101,6 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
             )
     if "sample_size" in given and settings.keep != "sample":
         raise InvalidArgumentError(f"sample_size is given, but keep is {settings.keep!r}: add --keep sample")
+    method = parse_method(given["method"]) if "method" in given else None
     device = available_device(given.get("device"))
     texts = sample_items(read_texts(arguments.texts, arguments.text_column), num_texts, settings.seed)
     # only here, as labelled texts need no classifier
@@ -110,8 +117,13 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_language_model(arguments.model, DTYPES.get(given.get("dtype", "auto")), device)
 
     origin = {"model": arguments.model, "reward_model": arguments.reward_model}
+    decoder = None
+    if method is not None:
+        origin["method"] = method.label
+        sampling = {"do_sample": True, **{name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}}
+        decoder = method.bind(model, tokenizer, sampling)
     score = classifier.probabilities
-    say(str(build_trajectories(texts, model, tokenizer, score, settings, arguments.output_dir, origin)))
+    say(str(build_trajectories(texts, model, tokenizer, score, settings, arguments.output_dir, origin, decoder)))
 
 
 def main(argv: list[str] | None = None, prog: str = "rectify build") -> int:

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rectify.builders.selection import TOXIC, TRAIN, Counts, compile_trajectories, reward_of, write_split
 from rectify.builders.settings import TrajectorySettings, check_share
 from rectify.errors import InvalidArgumentError
-from rectify.generation.generator import Generator, shared_context
+from rectify.generation.generator import Generator, continue_with, shared_context
 from rectify.generation.output import GenerationFile, Records, sha256_of
 from rectify.generation.prompts import Prompt
+from rectify.methods.method import Decoder
 from rectify.text_files import LabelledText
 
 GENERATIONS = "generations.jsonl"
@@ -31,6 +32,7 @@ def build_trajectories(
     settings: TrajectorySettings,
     output_dir: str | Path,
     origin: Mapping[str, str] | None = None,
+    decoder: Decoder | None = None,
 ) -> Counts:
     """Write `train.jsonl` and `validation.jsonl`: the beginnings of texts as continued by a model, with rewards.
 
@@ -47,6 +49,8 @@ def build_trajectories(
         output_dir: made where it is missing.
         origin: names of what the generations come from, such as `{"model": …, "reward_model": …}`; a folder begun with
             other names is refused.
+        decoder: the method that continues them; `None` for the model as it is. Trajectories of a rectified policy show
+            where it still ends badly.
 
     Raises:
         InvalidArgumentError: no text makes a prompt, prompts do not fit the model's context, scores are no
@@ -83,7 +87,8 @@ def build_trajectories(
     )
 
     def make(batch: list[Prompt], number: int) -> Records:
-        texts = [[one.text for one in row] for row in generator.continue_batch(batch, number)]
+        rows = continue_with(generator, batch, decoder, number) if decoder else generator.continue_batch(batch, number)
+        texts = [[one.text for one in row] for row in rows]
         scores = iter(_scores(score, [text for row in texts for text in row]))
         return [
             {**prompt.record, "generations": [{"text": text, "toxicity": next(scores)} for text in row]}
