@@ -12,6 +12,7 @@ from rectify import Advantage, Cap, InvalidArgumentError, Mask, RectificationPro
 from rectify.evaluation.fluency import (
     continuation_nll,
     distinct_n,
+    prompted_nll,
     text_batch,
     token_log_probabilities,
 )
@@ -150,3 +151,16 @@ def test_distinct_n():
     assert math.isnan(distinct_n([], 1))
     with pytest.raises(InvalidArgumentError, match="n is 0"):
         distinct_n(continuations, 0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "sliding", "recurrent"])
+def test_a_prompt_that_is_read_once_gives_the_same_likelihood(make_model, kind):
+    model = make_model(kind)
+    prompts = [[5], [6, 7, 8, 9, 10, 11], [12, 13], [14]]
+    texts = [[[20, 21, 22], [23]], [[24, 25], []], [[26, 27, 28, 29], [30, 31]], [[32], [33, 34]]]
+    flat = [text for ones in texts for text in ones]
+    expected = continuation_nll(model, [prompt for prompt in prompts for _ in range(2)], flat)
+    for size in (1, 4, 100):
+        found = prompted_nll(model, prompts, texts, size)
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.allclose(found.nll, expected.nll, rtol=0, atol=1e-4)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rectify.errors import InvalidArgumentError
+from rectify.generation.generator import read_once
 
 CUT = math.log(10)
 """A token is cut where its log-probability falls by more than this."""
@@ -138,7 +139,11 @@ def token_log_probabilities(model: PreTrainedModel, batch: TextBatch) -> Tensor:
     Returns:
         `[B, T]` float64 on the CPU; 0 where no token is counted.
     """
-    logits = model_logits(model, batch)
+    return _log_probabilities(model_logits(model, batch), batch)
+
+
+def _log_probabilities(logits: Tensor, batch: TextBatch) -> Tensor:
+    """`token_log_probabilities` of `[B, T, V]` logits."""
     found = torch.zeros(batch.input_ids.shape, dtype=torch.float64)
     for rows, columns in _places(batch, logits.shape[-1]):
         scores = logits[rows, columns - 1].float().log_softmax(-1)
@@ -163,6 +168,46 @@ def continuation_nll(
     for batch in _batches(model, prompts, continuations, batch_size):
         sums.append(-token_log_probabilities(model, batch).sum(-1))
     return Likelihood(torch.cat(sums), torch.tensor([len(row) for row in continuations], dtype=torch.int64))
+
+
+@torch.no_grad()
+def prompted_nll(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    batch_size: int = 32,
+) -> Likelihood:
+    """Likelihood of several continuations of each prompt, which is read once; as `continuation_nll` otherwise.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        prompts: token ids, `P` of them.
+        continuations: token ids of each prompt's, equally many.
+        batch_size: continuations at a time, at least those of one prompt.
+
+    Returns:
+        Of the `P × n` continuations, those of a prompt together.
+    """
+    n = len(continuations[0]) if continuations else 1
+    sums = [torch.empty(0, dtype=torch.float64)]
+    size = max(1, batch_size // n)
+    for start in range(0, len(prompts), size):
+        some = prompts[start : start + size]
+        texts = [text for ones in continuations[start : start + size] for text in ones]
+        whole = text_batch(some, [()] * len(some), side="left", device=model.device)
+        cache = read_once(model, whole.input_ids, whole.attention_mask, n)
+        if cache is None:
+            sums.append(continuation_nll(model, [prompt for prompt in some for _ in range(n)], texts, batch_size).nll)
+            continue
+        last = [prompt[-1:] for prompt in some for _ in range(n)]
+        batch = text_batch(last, texts, device=model.device)
+        mask = torch.cat((whole.attention_mask[:, :-1].repeat_interleave(n, 0), batch.attention_mask), -1)
+        arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache}
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -batch.input_ids.shape[1] :]
+        logits = cast(Any, model)(input_ids=batch.input_ids, **arguments).logits
+        sums.append(-_log_probabilities(logits, batch).sum(-1))
+    return Likelihood(torch.cat(sums), torch.tensor([len(text) for ones in continuations for text in ones]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

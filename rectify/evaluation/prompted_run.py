@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from rectify.command_line import say
 from rectify.errors import InvalidArgumentError
-from rectify.evaluation.fluency import continuation_nll
+from rectify.evaluation.fluency import prompted_nll
 from rectify.evaluation.parts import KEY_FILE, Parts, read_json, shard
 from rectify.evaluation.run_plan import automatic_batch_size, ordered, planned_batch_size
 from rectify.evaluation.run_settings import SELF, RunSettings
@@ -310,15 +310,13 @@ class PromptedRun:
         model, tokenizer = self._reader
         records = self.records_of(method, number)
         same = tokenizer is self.tokenizer or Fingerprint.of(tokenizer) == Fingerprint.of(self.tokenizer)
-        prompts, texts = [], []
-        for prompt, ones in zip(self.batches[number], records, strict=True):
-            start = tokenizer(prompt.text)["input_ids"]
-            for one in ones:
-                prompts.append(start)
-                # what was generated, not what its text would be split into, where the vocabulary is the same
-                ids = one.token_ids if same else tokenizer(one.text, add_special_tokens=False)["input_ids"]
-                texts.append(list(ids))
-        found = continuation_nll(model, prompts, texts)
+        prompts = [tokenizer(prompt.text)["input_ids"] for prompt in self.batches[number]]
+        # what was generated, not what its text would be split into, where the vocabulary is the same
+        texts = [
+            [one.token_ids if same else tokenizer(one.text, add_special_tokens=False)["input_ids"] for one in ones]
+            for ones in records
+        ]
+        found = prompted_nll(model, prompts, texts)
         shape = len(records), -1
         return {"nll": found.nll.reshape(shape).tolist(), "tokens": found.tokens.reshape(shape).tolist()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,8 @@ def _frontier(metrics: dict[str, Any], styles: dict[str, dict[str, str]]) -> Fig
         for family, members in families.items():
             points = sorted(members, key=lambda one: one["value"] or 0)
             for axes, ratio in ((own, _own), (clean, _clean)):
-                _curve(axes, points, scorer, subset, ratio, styles[family], family)
-        own.set(ylabel=f"toxic share by {scorer}", xlabel="own perplexity over base")
+                _curve(axes, points, scorer, subset, ratio, styles[family], _short(family))
+        own.set(ylabel=f"toxic share by {_short(scorer)}", xlabel="own perplexity over base")
         clean.set(xlabel="clean perplexity over base")
         for axes in (own, clean):
             axes.set_yscale("log")
@@ -78,6 +79,11 @@ def _frontier(metrics: dict[str, Any], styles: dict[str, dict[str, str]]) -> Fig
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return figure
+
+
+def _short(label: str) -> str:
+    """A method's name with the last part of its path alone."""
+    return re.sub(r":[^,]*/(?=[^,/]+(?:,|$))", ":", label)
 
 
 def _percentage(share: float, _: int) -> str:
@@ -116,9 +122,11 @@ def _maxima(metrics: dict[str, Any], styles: dict[str, dict[str, str]]) -> Figur
             total = sum(counts) or 1
             above = [sum(counts[place:]) / total for place in range(len(counts) + 1)]
             edges = [place / len(counts) for place in range(len(counts) + 1)]
-            axes.plot(edges, above, color=styles[method["family"]]["color"], linewidth=1.3, label=method["label"])
+            axes.plot(
+                edges, above, color=styles[method["family"]]["color"], linewidth=1.3, label=_short(method["label"])
+            )
         axes.axvline(0.5, color="0.8", linewidth=1, zorder=0)
-        axes.set(xlabel=f"maximum toxicity by {scorer}", xlim=(0, 1), ylim=(0, 1.02))
+        axes.set(xlabel=f"maximum toxicity by {_short(scorer)}", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("share of prompts at or above")
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -134,7 +142,9 @@ def _cost(metrics: dict[str, Any], styles: dict[str, dict[str, str]]) -> Figure:
     axes = figure.subplots()
     ratios = [method["time"]["ratio"] for method in methods]
     bars = axes.barh(
-        [method["label"] for method in methods], ratios, color=[styles[method["family"]]["color"] for method in methods]
+        [_short(method["label"]) for method in methods],
+        ratios,
+        color=[styles[method["family"]]["color"] for method in methods],
     )
     axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3, fontsize="small")
     axes.set(xlabel="time per token over base", xlim=(0, 1.12 * max(ratios)))

@@ -109,7 +109,7 @@ class Generator:
                 "logits_processor": [*first, KeyedSampling(keys, length)],
             }
             if n > 1:
-                how["past_key_values"] = self._read_once(**inputs)
+                how["past_key_values"] = read_once(self.model, **inputs, copies=n)
                 inputs = {name: rows.repeat_interleave(n, 0) for name, rows in inputs.items()}
         else:
             how = {"num_return_sequences": n, "num_beams": self.sampling.num_beams}
@@ -127,22 +127,6 @@ class Generator:
         new = output[:, length:].tolist()
         continuations = [self._continuation(ids) for ids in new]
         return [continuations[start : start + n] for start in range(0, len(continuations), n)]
-
-    def _read_once(self, input_ids: Tensor, attention_mask: Tensor) -> DynamicCache | None:
-        """The states of each prompt but for its last token, a copy for each sample; `None` where it has no such."""
-        if input_ids.shape[1] < 2 or getattr(self.model, "_is_stateful", False):
-            return None
-        ids, mask = input_ids[:, :-1], attention_mask[:, :-1].clone()
-        mask[:, -1] |= mask.sum(-1) == 0  # a row of nothing but padding would be a row of NaN
-        arguments: dict[str, Any] = {}
-        if "position_ids" in inspect.signature(self.model.forward).parameters:
-            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-        cache = DynamicCache(config=self.model.config)
-        self.model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments
-        )
-        cache.batch_repeat_interleave(self.num_return_sequences)
-        return cache
 
     def _continuation(self, ids: list[int]) -> Continuation:
         end = self.model.generation_config.eos_token_id
@@ -191,6 +175,31 @@ def _least_toxic(
     values = np.asarray(toxicity(texts), dtype=np.float64).reshape(prompts, n, len(drawn))
     best = np.where(np.isnan(values), np.inf, values).argmin(-1)
     return [[drawn[best[row, sample]][row][sample] for sample in range(n)] for row in range(prompts)]
+
+
+def read_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, copies: int) -> DynamicCache | None:
+    """The states of left-padded prompts but for their last tokens, for several continuations of each.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        input_ids, attention_mask: `[P, T]` int64.
+        copies: of each row, one after the other.
+
+    Returns:
+        A cache of `P × copies` rows and T − 1 positions; `None` where there is nothing to read, or the states are
+        recurrent.
+    """
+    if input_ids.shape[1] < 2 or getattr(model, "_is_stateful", False):
+        return None
+    ids, mask = input_ids[:, :-1], attention_mask[:, :-1].clone()
+    mask[:, -1] |= mask.sum(-1) == 0  # a row of nothing but padding would be a row of NaN
+    arguments: dict[str, Any] = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments)
+    cache.batch_repeat_interleave(copies)
+    return cache
 
 
 def shared_context(model: PreTrainedModel, reads: Iterable[object] = ()) -> int | None:
