@@ -22,6 +22,7 @@ from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.heads import LowRankHead, PublishedHead
 from rectify.hub import checkpoint_folder, model_place
 from rectify.risk_model import RiskModel
+from rectify.trunk_states import hidden_states
 from rectify.vocabulary import Fingerprint
 
 CONFIG_FILE, HEAD_FILE = "q_config.json", "head.safetensors"
@@ -246,26 +247,8 @@ class DeadEndQNetwork(nn.Module):
         return getattr(self.trunk.config.get_text_config(), "max_position_embeddings", None)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Hidden states of the last positions.
-
-        Args:
-            input_ids: `[B, T]` int64, the positions that `cache` does not hold yet.
-            attention_mask: `[B, past + T]`, 0 at padding; `None` where nothing is padding. Positions are counted from
-                the first real token, so padding on either side changes nothing.
-            cache: extended in place.
-
-        Returns:
-            `[B, T, hidden_size]` in the trunk's dtype.
-        """
-        arguments: dict[str, Any] = {"use_cache": False}
-        if cache is not None:
-            arguments = {"past_key_values": cache, "use_cache": True}
-        if attention_mask is not None:
-            arguments["attention_mask"] = attention_mask
-            if self._takes_positions:
-                positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-                arguments["position_ids"] = positions[:, -input_ids.shape[1] :]
-        return self.trunk(input_ids=input_ids, **arguments).last_hidden_state
+        """Hidden states of the last positions, `[B, T, hidden_size]`; see `hidden_states`."""
+        return hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """`Q[b, t, a]`, the value of token `a` after the prefix `input_ids[b, :t + 1]`: `[B, T, V]` float32."""

@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from rectify.errors import InvalidArgumentError
 from rectify.prefix_memo import MASKED, PrefixMemo
+from rectify.trunk_states import hidden_states
 
 _SAME = 0.01  # of the largest state: what two runs of the same weights may differ by
 
@@ -43,25 +44,8 @@ class CausalStates:
         return whole and masked and self._takes_positions and not self.recurrent
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Hidden states of the last positions; see `DeadEndQNetwork.encode`.
-
-        Args:
-            input_ids: `[B, T]` int64, the positions that `cache` does not hold yet.
-            attention_mask: `[B, past + T]`, 0 at padding; `None` where nothing is padding.
-            cache: extended in place.
-
-        Returns:
-            `[B, T, hidden_size]` in the trunk's dtype.
-        """
-        arguments: dict[str, Any] = {"use_cache": False}
-        if cache is not None:
-            arguments = {"past_key_values": cache, "use_cache": True}
-        if attention_mask is not None:
-            arguments["attention_mask"] = attention_mask
-            if self._takes_positions:
-                positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-                arguments["position_ids"] = positions[:, -input_ids.shape[1] :]
-        return self.trunk(input_ids=input_ids, **arguments).last_hidden_state
+        """Hidden states of the last positions, `[B, T, hidden_size]`; see `hidden_states`."""
+        return hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
 
     def encode_branches(self, tokens: Tensor, seen: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """The states after several next tokens of each prefix; see `BranchingModel.encode_branches`."""
