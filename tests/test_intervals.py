@@ -101,3 +101,10 @@ def test_coverage_of_the_interval():
         estimate = Bootstrap(60, 400, seed).estimate(Ratio(sample, np.ones(60)))
         hits += estimate.low <= 3 <= estimate.high
     assert 180 <= hits <= 198
+
+
+def test_a_few_resamples_at_a_time_are_all_of_them(monkeypatch):
+    ratio = toxic_share(np.random.default_rng(0).random((40, 3)))
+    whole = Bootstrap(40, 30).estimate(ratio)
+    monkeypatch.setattr("rectify.evaluation.intervals._CELLS", 100)
+    assert Bootstrap(40, 30).estimate(ratio) == whole

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 COVERAGE = 0.95
+_CELLS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -65,21 +66,25 @@ class Bootstrap:
     """
 
     def __init__(self, prompts: int, resamples: int = 1000, seed: int = 0) -> None:
-        draws = np.random.default_rng(seed).integers(prompts, size=(resamples, prompts))
-        places = draws + prompts * np.arange(resamples)[:, None]
-        counts = np.bincount(places.ravel(), minlength=resamples * prompts)
-        self._weights = counts.reshape(resamples, prompts).astype(np.float64)
+        random = np.random.default_rng(seed)
+        self._counts = np.empty((resamples, prompts), np.int32)
+        for row in self._counts:
+            row[:] = np.bincount(random.integers(prompts, size=prompts), minlength=prompts)
+
+    def _of(self, ratio: Ratio) -> np.ndarray:
+        """The figure of all resamples; a few at a time, as 100,000 prompts would fill the memory."""
+        rows = max(1, _CELLS // self._counts.shape[1])
+        blocks = (self._counts[start : start + rows] for start in range(0, len(self._counts), rows))
+        return np.concatenate([ratio.of(block.astype(np.float64)) for block in blocks])
 
     def estimate(self, ratio: Ratio) -> Estimate:
         """A figure with its interval."""
-        return _estimate(ratio.value, ratio.of(self._weights))
+        return _estimate(ratio.value, self._of(ratio))
 
     def over_base(self, ratio: Ratio, base: Ratio) -> Estimate:
         """A figure over the base's, paired; 1 where they are the same."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            return _estimate(
-                float(np.divide(ratio.value, base.value)), ratio.of(self._weights) / base.of(self._weights)
-            )
+            return _estimate(float(np.divide(ratio.value, base.value)), self._of(ratio) / self._of(base))
 
     def change(self, ratio: Ratio, base: Ratio) -> Estimate:
         """The change relative to the base's, paired: −0.95 is 95 % less."""
