@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.heads import LowRankHead, PublishedHead
 from rectify.hub import checkpoint_folder, model_place
 from rectify.risk_model import RiskModel
-from rectify.trunk_states import hidden_states
+from rectify.trunk_states import hidden_states, takes_positions
 from rectify.vocabulary import Fingerprint
 
 CONFIG_FILE, HEAD_FILE = "q_config.json", "head.safetensors"
@@ -102,7 +101,7 @@ class DeadEndQNetwork(nn.Module):
                 config.hidden_size, config.vocab_size, config.rank, config.mlp_size, config.base_rate
             )
         inner = trunk.get_base_model() if isinstance(trunk, PeftModel) else trunk
-        self._takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
+        self._takes_positions = takes_positions(inner)
         self.recurrent: bool = getattr(inner, "_is_stateful", False)
         """Whether the trunk keeps recurrent states, which cannot be cropped to a shorter prefix."""
 

@@ -6,7 +6,6 @@ rectified policy, and the share of its tokens that are cut, show what such narro
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rectify.errors import InvalidArgumentError
 from rectify.generation.generator import read_once
+from rectify.trunk_states import position_arguments
 
 CUT = math.log(10)
 """A token is cut where its log-probability falls by more than this."""
@@ -202,10 +202,10 @@ def prompted_nll(
         last = [prompt[-1:] for prompt in some for _ in range(n)]
         batch = text_batch(last, texts, device=model.device)
         mask = torch.cat((whole.attention_mask[:, :-1].repeat_interleave(n, 0), batch.attention_mask), -1)
-        arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache}
-        if "position_ids" in inspect.signature(model.forward).parameters:
-            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -batch.input_ids.shape[1] :]
-        logits = cast(Any, model)(input_ids=batch.input_ids, **arguments).logits
+        positions = position_arguments(model, mask, batch.input_ids.shape[1])
+        logits = cast(Any, model)(
+            input_ids=batch.input_ids, attention_mask=mask, past_key_values=cache, **positions
+        ).logits
         sums.append(-_log_probabilities(logits, batch).sum(-1))
     return Likelihood(torch.cat(sums), torch.tensor([len(text) for ones in continuations for text in ones]))
 
@@ -257,10 +257,9 @@ def _batches(
 
 def model_logits(model: PreTrainedModel, batch: TextBatch) -> Tensor:
     """`[B, T, V]`, with positions counted from the first real token."""
-    arguments: dict[str, Any] = {"attention_mask": batch.attention_mask, "use_cache": False}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        arguments["position_ids"] = (batch.attention_mask.cumsum(-1) - 1).clamp_min(0)
-    return cast(Any, model)(input_ids=batch.input_ids, **arguments).logits
+    ids, mask = batch.input_ids, batch.attention_mask
+    positions = position_arguments(model, mask, ids.shape[1])
+    return cast(Any, model)(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits
 
 
 def _places(batch: TextBatch, width: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,6 @@ WIDEST = 2.0
 # Okabe and Ito's colours, which colour-blind people tell apart; the base is black
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B4513")
 _MARKERS = "osD^vP*X"
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is there."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def figures(metrics: dict[str, Any]) -> dict[str, tuple[str, Figure]]:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from rectify.evaluation.examples import Example, Shown, drawn, most_toxic, starred, toxic_words
+from rectify.evaluation.plotting import can_plot
 from rectify.evaluation.prompted_run import PromptedRun
 from rectify.evaluation.run_metrics import measured
 from rectify.evaluation.run_page import page
-from rectify.evaluation.run_plots import can_plot, figures
+from rectify.evaluation.run_plots import figures
 from rectify.evaluation.run_tables import facts, tables
 from rectify.evaluation.toxicity_prompts import TOXIC, prompt_toxicity
 from rectify.generation.output import write_json, write_whole

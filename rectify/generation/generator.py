@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -19,6 +18,7 @@ from rectify.methods.method import Decoder, MethodProcessor
 from rectify.processor import RectificationProcessor
 from rectify.q_network import token_risks
 from rectify.sampling import Sampling
+from rectify.trunk_states import position_arguments
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,7 @@ def read_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor,
         return None
     ids, mask = input_ids[:, :-1], attention_mask[:, :-1].clone()
     mask[:, -1] |= mask.sum(-1) == 0  # a row of nothing but padding would be a row of NaN
-    arguments: dict[str, Any] = {}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+    arguments: dict[str, Any] = position_arguments(model, mask, ids.shape[1])
     cache = DynamicCache(config=model.config)
     model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments)
     cache.batch_repeat_interleave(copies)

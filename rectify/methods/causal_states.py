@@ -5,7 +5,6 @@ Methods run it beside the model that generates: an expert, a classifier's backbo
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, cast
 
 import torch
@@ -14,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from rectify.errors import InvalidArgumentError
 from rectify.prefix_memo import MASKED, PrefixMemo
-from rectify.trunk_states import hidden_states
+from rectify.trunk_states import hidden_states, takes_positions
 
 _SAME = 0.01  # of the largest state: what two runs of the same weights may differ by
 
@@ -31,7 +30,7 @@ class CausalStates:
         self.config: Any = trunk.config.get_text_config()
         self.recurrent: bool = getattr(trunk, "_is_stateful", False)
         """Whether the trunk keeps recurrent states, which cannot be cropped to a shorter prefix."""
-        self._takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
+        self._takes_positions = takes_positions(trunk)
 
     @property
     def branches(self) -> bool:
@@ -42,6 +41,32 @@ class CausalStates:
         masked = self.config._attn_implementation in ("eager", "sdpa")
         whole = layers == {"full_attention"} and not bounded and not odd
         return whole and masked and self._takes_positions and not self.recurrent
+
+    @property
+    def context(self) -> int | None:
+        """Longest prefix in tokens that the model was made for, or `None` where it names no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def check(self, prefixes: Tensor, name: str, more: int = 0) -> None:
+        """Refuse what the model cannot read.
+
+        Args:
+            prefixes: `[B, T]` int64, `MASKED` at padding.
+            name: what messages call the model.
+            more: tokens that it reads after each prefix.
+
+        Raises:
+            InvalidArgumentError: the prefixes are empty, or longer than the model's context.
+        """
+        if not prefixes.shape[1]:
+            raise InvalidArgumentError("input_ids are empty: give generate token ids, not inputs_embeds")
+        if self.context is not None and prefixes.shape[1] + more > self.context:
+            longest = int((prefixes != MASKED).sum(-1).max()) + more
+            if longest > self.context:
+                raise InvalidArgumentError(
+                    f"the {name} would read {longest} tokens, and its context is {self.context}: shorten the prompts, "
+                    "or generate fewer tokens"
+                )
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Hidden states of the last positions, `[B, T, hidden_size]`; see `hidden_states`."""
@@ -78,8 +103,8 @@ class NextTokenLogits:
 
     @property
     def context(self) -> int | None:
-        """Longest prefix in tokens that the model was made for, or `None` where it names no limit."""
-        return getattr(self.states.config, "max_position_embeddings", None)
+        """See `CausalStates.context`."""
+        return self.states.context
 
     def clear(self) -> None:
         """Forget the states of all prefixes; needed only after the model's weights change."""
@@ -99,16 +124,8 @@ class NextTokenLogits:
         Raises:
             InvalidArgumentError: the prefixes are empty, or longer than the model's context.
         """
-        if not prefixes.shape[1]:
-            raise InvalidArgumentError("input_ids are empty: give generate token ids, not inputs_embeds")
-        prefixes, context = prefixes.to(self.model.device), self.context
-        if context is not None and prefixes.shape[1] > context:
-            longest = int((prefixes != MASKED).sum(-1).max())
-            if longest > context:
-                raise InvalidArgumentError(
-                    f"the {self.name} would read {longest} tokens, and its context is {context}: shorten the prompts, "
-                    "or generate fewer tokens"
-                )
+        self.states.check(prefixes, self.name)
+        prefixes = prefixes.to(self.model.device)
         logits = self._outputs(self._memo.last_hidden(_padded_on_the_left(prefixes)))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

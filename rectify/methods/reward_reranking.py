@@ -67,16 +67,7 @@ class PrefixToxicity:
         Raises:
             InvalidArgumentError: the prefixes are empty, or longer than the classifier's context.
         """
-        if not prefixes.shape[1]:
-            raise InvalidArgumentError("input_ids are empty: give generate token ids, not inputs_embeds")
-        context = getattr(self._states.config, "max_position_embeddings", None)
-        if context is not None and prefixes.shape[1] >= context:
-            longest = int((prefixes != MASKED).sum(-1).max()) + 1
-            if longest > context:
-                raise InvalidArgumentError(
-                    f"the classifier would read {longest} tokens, and its context is {context}: shorten the prompts, "
-                    "or generate fewer tokens"
-                )
+        self._states.check(prefixes, "classifier", more=1)
         if self._states.branches:
             hidden = self._memo.branch_states(prefixes, tokens)
         else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,7 +24,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from rectify.detectors.classifier import ToxicityClassifier, pad
 from rectify.errors import InvalidArgumentError, RectifyError
-from rectify.generation.output import write_json
+from rectify.generation.output import sha256_of, write_json
 from rectify.training.running import checkpoint_to_resume
 from rectify.training.score_calibration import calibration_curve
 from rectify.training.trainer import AdapterTrainer, use_fast_attention
@@ -94,7 +92,7 @@ def train_detector(
     rows = [
         [(text, np.atleast_1d(label).astype(float).tolist()) for text, label in part] for part in (train, validation)
     ]
-    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    digest = sha256_of(rows)
     callbacks = [*callbacks, *_early_stopping(settings, arguments)]
     checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **asdict(settings), texts_sha256=digest)
     set_seed(arguments.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from copy import copy
@@ -26,7 +25,7 @@ from transformers import (
 
 from rectify.detectors.classifier import pad
 from rectify.errors import InvalidArgumentError, first_line
-from rectify.generation.output import write_json
+from rectify.generation.output import sha256_of, write_json
 from rectify.methods.expert_pair import ANTI_EXPERT, CONFIG_FILE, EXPERT, ExpertsConfig, load_base, save_adapter
 from rectify.training.running import SETTINGS_FILE, checkpoint_to_resume
 from rectify.training.trainer import AdapterTrainer, use_fast_attention
@@ -120,7 +119,7 @@ def _train_one(
     folder = Path(str(arguments.output_dir)) / side
     arguments = copy(arguments)
     arguments.output_dir = str(folder)
-    digest = hashlib.sha256(json.dumps([data.items, held.items]).encode()).hexdigest()
+    digest = sha256_of([data.items, held.items])
     given = {**asdict(settings), "texts_sha256": digest}
     if (folder / RESULTS_FILE).exists():
         _check_same(folder, arguments.to_dict() | given)

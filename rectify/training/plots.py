@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rectify.evaluation.calibration import reliability
+from rectify.evaluation.plotting import can_plot
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def plot_training(history: Sequence[dict[str, Any]], risks: np.ndarray, toxic: n
     Returns:
         Whether it was drawn; not without matplotlib.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    if not can_plot():
         logger.info("no curves are drawn without matplotlib: pip install 'rectify[plots]'")
         return False
     from matplotlib.figure import Figure
