@@ -345,7 +345,8 @@ class PromptedRun:
         for name in ("generate", "score", "measure"):
             if name in stages:
                 if self.processes.index == 0:
-                    say(f"{name}: {len(self.prompts)} prompts in {len(self.batches)} batches")
+                    shared = f", {self.processes.count} processes" if self.processes.count > 1 else ""
+                    say(f"{name}: {len(self.prompts)} prompts in {len(self.batches)} batches{shared}")
                 getattr(self, name)()
         if "report" not in stages:
             return None
