@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rectify.evaluation.calibration import reliability
-from rectify.evaluation.detector_figures import THRESHOLD, detector_difference, detector_figures
+from rectify.evaluation.detector_intervals import THRESHOLD, detector_difference, detector_figures
 from rectify.evaluation.functional_tests import FunctionalTest, functional_accuracy
 from rectify.evaluation.plotting import can_plot
 from rectify.evaluation.run_tables import Table
@@ -120,7 +120,7 @@ def detector_tables(metrics: dict[str, Any]) -> list[Table]:
     """The macro F1 of each detector on each source, all figures source by source, and functional tests."""
     detectors, sources = metrics["detectors"], list(metrics["sources"])
     matrix = [
-        (name, *(_interval(one["sources"][source].get("macro_f1")) for source in sources))
+        (name, *(_interval(one["sources"][source].get("f1_macro")) for source in sources))
         for name, one in detectors.items()
     ]
     found = [Table("Macro F1", ("detector", *sources), tuple(matrix), "With 95 % intervals over texts.")]
@@ -201,7 +201,7 @@ def _matrix_plot(metrics: dict[str, Any]) -> Figure:
     values = np.array(
         [
             [
-                metrics["detectors"][name]["sources"][source].get("macro_f1", {}).get("value", np.nan)
+                metrics["detectors"][name]["sources"][source].get("f1_macro", {}).get("value", np.nan)
                 for source in sources
             ]
             for name in detectors

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from rectify.errors import TrajectoryError
-from rectify.evaluation.detector_figures import MacroF1, detector_difference, detector_figures
+from rectify.evaluation.detector_intervals import MacroF1, detector_difference, detector_figures
 from rectify.evaluation.detector_report import compare_detectors
 from rectify.evaluation.functional_tests import FunctionalTest, functional_accuracy, read_functional_tests
 from rectify.scoring.scores import Reason, Scores
@@ -84,7 +84,7 @@ def test_the_report_holds_what_was_measured(tmp_path):
     )
     assert json.loads((tmp_path / "metrics.json").read_text())["detectors"] == metrics["detectors"]
     forum = metrics["detectors"]["two"]["sources"]["forum"]
-    assert (forum["n"], forum["unscored"], forum["macro_f1"]["value"]) == (9, 1, 1)
+    assert (forum["n"], forum["unscored"], forum["f1_macro"]["value"]) == (9, 1, 1)
     assert metrics["detectors"]["two"]["over_reference"]["wiki"]["value"] == 0
     assert metrics["functional"]["one"]["all"]["accuracy"] == 1
     report = (tmp_path / "report.md").read_text()

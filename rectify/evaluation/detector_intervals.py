@@ -46,10 +46,10 @@ def detector_figures(
         resamples, seed: of the intervals, over texts.
 
     Returns:
-        `n` and `unscored`; `macro_f1` and `accuracy`, each `{"value", "low", "high"}`; and the other figures of
-        `rectify.training.detector.validation_figures`.
+        `n` and `unscored`; `f1_macro` and `accuracy`, each `{"value", "low", "high"}`; and the other figures of
+        `rectify.training.detector_figures.validation_figures`.
     """
-    from rectify.training.detector import validation_figures
+    from rectify.training.detector_figures import validation_figures
 
     known = ~np.isnan(probability)
     figures: dict[str, Any] = {"n": int(known.sum()), "unscored": int((~known).sum())}
@@ -74,7 +74,7 @@ def detector_difference(
         `n`, and `value`, `low` and `high` of the difference.
     """
     known = ~np.isnan(probability) & ~np.isnan(other)
-    mine, theirs = (_figures(each[known], label[known])["macro_f1"] for each in (probability, other))
+    mine, theirs = (_figures(each[known], label[known])["f1_macro"] for each in (probability, other))
     found = Bootstrap(int(known.sum()), resamples, seed).difference(mine, theirs)
     return {"n": int(known.sum()), **asdict(found)}
 
@@ -82,6 +82,6 @@ def detector_difference(
 def _figures(probability: np.ndarray, label: np.ndarray) -> dict[str, Figure]:
     said, toxic = probability >= THRESHOLD, label >= THRESHOLD
     return {
-        "macro_f1": MacroF1(said, toxic),
+        "f1_macro": MacroF1(said, toxic),
         "accuracy": Ratio((said == toxic).astype(np.float64), np.ones(len(toxic))),
     }
