@@ -121,7 +121,7 @@ class ToxicityClassifier(nn.Module):
             InvalidArgumentError: a setting is out of range, or the backbone is an encoder-decoder.
         """
         config = DetectorConfig(base_model=name, base_revision=revision, max_length=max_length, labels=list(labels))
-        inner, tokenizer, fresh = _load_backbone(config, torch.float32)
+        inner, tokenizer, fresh = load_backbone(config, torch.float32)
         try:
             adapter = LoraConfig(
                 r=lora_r,
@@ -160,27 +160,12 @@ class ToxicityClassifier(nn.Module):
         Raises:
             CheckpointError: nothing usable is there.
         """
-        folder = checkpoint_folder(name, revision)
-        for file in (CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
-            if not (folder / file).exists():
-                raise CheckpointError(f"{str(name)!r} holds no {file}: give a folder written by save_pretrained")
-        try:
-            config = DetectorConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-            adapter = LoraConfig.from_pretrained(str(folder))
-            weights = load_file(folder / WEIGHTS_FILE)
-            inner, tokenizer, _ = _load_backbone(config, dtype)
-            with _quiet():
-                model = cast(PeftModel, get_peft_model(inner, adapter))
-            # peft would leave what is missing at its random start, with no more than a warning
-            differing = set(weights) ^ set(_weights(model))
-            if differing:
-                raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}")
-            set_peft_model_state_dict(model, weights)
+        with refusing(name):
+            config, adapter, weights = read_adapter(checkpoint_folder(name, revision))
+            inner, tokenizer, _ = load_backbone(config, dtype)
+            model = add_adapter(inner, adapter, weights)
             model.merge_adapter()
             classifier = cls(config, model, tokenizer)
-        except (RectifyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
         return classifier.requires_grad_(False).to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -272,21 +257,13 @@ class ToxicityClassifier(nn.Module):
         Raises:
             InvalidArgumentError: `batch_size` is below 1, or a text is not a string, or no valid Unicode.
         """
-        if batch_size < 1:
-            raise InvalidArgumentError(f"batch_size is {batch_size}: give 1 or more")
         encoded = self.encode(texts)
         result = np.full((len(encoded), len(self.config.labels)), np.nan, dtype=np.float32)
-        # the longest first: what does not fit into memory fails at once
-        order = sorted((i for i, ids in enumerate(encoded) if ids), key=lambda i: -len(encoded[i]))
         training = self.training
         self.eval()
-        with tqdm(total=len(order), unit="text", disable=not progress) as bar:
-            for start in range(0, len(order), batch_size):
-                places = order[start : start + batch_size]
-                ids, mask = pad([encoded[place] for place in places])
-                logits = self(ids.to(self.device), mask.to(self.device))
-                result[places] = logits.sigmoid().cpu().numpy()
-                bar.update(len(places))
+        for places, ids, mask in batches_by_length(encoded, batch_size, progress):
+            logits = self(ids.to(self.device), mask.to(self.device))
+            result[places] = logits.sigmoid().cpu().numpy()
         self.train(training)
         for place, label in enumerate(self.config.labels):
             if label in self.config.calibration:
@@ -303,9 +280,80 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, (torch.arange(longest) < lengths[:, None]).long()
 
 
-def _weights(model: PeftModel) -> dict[str, Tensor]:
+def batches_by_length(
+    encoded: Sequence[Sequence[int]], batch_size: int, progress: bool = False
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Texts in batches of nearly equal length, the longest first: what does not fit into memory fails at once.
+
+    Args:
+        encoded: token ids of each text; those without one are left out.
+        batch_size: texts at a time.
+        progress: show a progress bar.
+
+    Yields:
+        The places of a batch's texts in `encoded`, and their ids and mask, as `pad` makes them.
+
+    Raises:
+        InvalidArgumentError: `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise InvalidArgumentError(f"batch_size is {batch_size}: give 1 or more")
+    order = sorted((place for place, ids in enumerate(encoded) if ids), key=lambda place: -len(encoded[place]))
+    with tqdm(total=len(order), unit="text", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            yield places, *pad([encoded[place] for place in places])
+            bar.update(len(places))
+
+
+@contextmanager
+def refusing(name: str | Path) -> Iterator[None]:
+    """Turn whatever a damaged checkpoint makes fail into one `CheckpointError` that names it."""
+    try:
+        yield
+    except (RectifyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
+
+
+def read_adapter(folder: Path) -> tuple[DetectorConfig, LoraConfig, dict[str, Tensor]]:
+    """What a folder of `save_pretrained` holds; any error of reading it may come out, see `refusing`."""
+    for file in (CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
+        if not (folder / file).exists():
+            raise CheckpointError(f"it holds no {file}: give a folder written by save_pretrained")
+    config = DetectorConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    return config, LoraConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS_FILE)
+
+
+def add_adapter(
+    model: PreTrainedModel | PeftModel, adapter: LoraConfig, weights: dict[str, Tensor], name: str = "default"
+) -> PeftModel:
+    """A model with an adapter and its head, not folded in.
+
+    Args:
+        model: the backbone, or what this made of it for another adapter.
+        adapter, weights: of `read_adapter`.
+        name: what peft calls it.
+
+    Raises:
+        CheckpointError: the weights are not those of the adapter.
+    """
+    with _quiet():
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, adapter)
+        else:
+            model = cast(PeftModel, get_peft_model(model, adapter, name))
+    # peft would leave what is missing at its random start, with no more than a warning
+    differing = set(weights) ^ set(_weights(model, name))
+    if differing:
+        raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}")
+    set_peft_model_state_dict(model, weights, name)
+    return model
+
+
+def _weights(model: PeftModel, name: str = "default") -> dict[str, Tensor]:
     # the embeddings are the backbone's; asked to decide by itself, peft would look it up on the Hub
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
 @contextmanager
@@ -323,7 +371,7 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _load_backbone(
+def load_backbone(
     config: DetectorConfig, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """The backbone with a new head, its tokenizer, and the modules whose weights no checkpoint holds."""

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from rectify.detectors import ToxicityClassifier
-from rectify.detectors.classifier import pad
+from rectify.detectors.classifier import batches_by_length
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.hub import available_device, checkpoint_folder, model_place
 from rectify.scoring.labels import outputs_by_attribute
@@ -131,11 +131,8 @@ class HfScorer:
         encoded = self._tokenizer(texts, truncation=True, max_length=self._max_length, return_attention_mask=False)
         rows: list[list[int]] = encoded["input_ids"]
         result = np.full((len(texts), self._model.config.num_labels), np.nan)
-        # the longest first: what does not fit into memory fails at once
-        order = sorted((i for i, ids in enumerate(rows) if len(ids) > self._special), key=lambda i: -len(rows[i]))
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
-            ids, mask = pad([rows[place] for place in batch])
+        readable = [ids if len(ids) > self._special else [] for ids in rows]
+        for batch, ids, mask in batches_by_length(readable, self._batch_size):
             ids = ids.masked_fill(mask == 0, self._model.config.pad_token_id or 0)
             logits = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
             result[batch] = self._to_probabilities(logits.double()).cpu().numpy()
