@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from rectify.hub import checkpoint_folder, model_place
 CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE = "detector_config.json", "adapter_config.json", "adapter_model.safetensors"
 FORMAT_VERSION = 1
 
+Form = Literal["sequence", "prefix"]
+
 
 @dataclass
 class DetectorConfig:
@@ -37,7 +39,10 @@ class DetectorConfig:
         base_revision: revision of `base_model` on the Hub.
         max_length: tokens of a text that are read, from its start.
         labels: what each logit stands for.
-        calibration: for a label, the knots `[probabilities, calibrated ones]` of a piecewise linear map.
+        form: `"sequence"`, trained to tell the label of a text from all of it, or `"prefix"`, trained to foretell the
+            label of the finished text at each of its tokens; the second needs a causal backbone.
+        calibration: for a label, the temperature that its logit is divided by, or the knots
+            `[probabilities, calibrated ones]` of a piecewise linear map; `probabilities` applies them.
         training: free-form record of how the weights came to be.
         format_version: of the folder's files.
     """
@@ -46,7 +51,8 @@ class DetectorConfig:
     base_revision: str | None = None
     max_length: int = 256
     labels: list[str] = field(default_factory=lambda: ["toxic"])
-    calibration: dict[str, list[list[float]]] = field(default_factory=dict)
+    form: Form = "sequence"
+    calibration: dict[str, float | list[list[float]]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -55,10 +61,26 @@ class DetectorConfig:
             raise InvalidArgumentError(f"max_length is {self.max_length}: give 1 or more")
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise InvalidArgumentError(f"labels is {self.labels!r}: give one or more, each once")
+        if self.form not in get_args(Form):
+            raise InvalidArgumentError(f"form is {self.form!r}: give one of {', '.join(get_args(Form))}")
+        for label, how in self.calibration.items():
+            if isinstance(how, int | float) and not 0 < how < float("inf"):
+                raise InvalidArgumentError(f"calibration of {label!r} is {how}: give a temperature above 0")
         if self.format_version > FORMAT_VERSION:
             raise InvalidArgumentError(
                 f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
             )
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The calibrated probabilities of logits, `[..., L]` of any float dtype to `[..., L]` float32 in [0, 1]."""
+        columns = []
+        for label, column in zip(self.labels, logits.float().unbind(-1), strict=True):
+            how = self.calibration.get(label, 1.0)
+            if isinstance(how, int | float):
+                columns.append((column / how).sigmoid())
+            else:
+                columns.append(_interpolate(column.sigmoid(), how))
+        return torch.stack(columns, -1)
 
 
 class ToxicityClassifier(nn.Module):
@@ -78,8 +100,8 @@ class ToxicityClassifier(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         inner = cast(PreTrainedModel, model.get_base_model())
-        # of the architectures that transformers makes sequence classifiers of, the causal ones alone call it so
-        self._causal = hasattr(inner, "score")
+        if config.form == "prefix":
+            self._check_causal("form is 'prefix'")
         inner.config.get_text_config().use_cache = False
         tokenizer.truncation_side = "right"
         self._special_tokens = tokenizer.num_special_tokens_to_add()
@@ -101,6 +123,7 @@ class ToxicityClassifier(nn.Module):
         *,
         revision: str | None = None,
         labels: Sequence[str] = ("toxic",),
+        form: Form = "sequence",
         max_length: int = 256,
         lora_r: int = 8,
         lora_alpha: int = 16,
@@ -112,15 +135,18 @@ class ToxicityClassifier(nn.Module):
         Args:
             name: folder, `"pocket"` or Hub id of a model and its tokenizer.
             revision: of a Hub id.
-            labels, max_length: see `DetectorConfig`.
+            labels, form, max_length: see `DetectorConfig`.
             lora_r, lora_alpha, lora_dropout: rank, scale and dropout of the adapter.
             target_modules: names of the modules that are adapted; `"all-linear"` for all linear ones but the head.
 
         Raises:
             CheckpointError: nothing usable is there.
-            InvalidArgumentError: a setting is out of range, or the backbone is an encoder-decoder.
+            InvalidArgumentError: a setting is out of range, or the backbone is an encoder-decoder, or no causal model
+                where the form needs one.
         """
-        config = DetectorConfig(base_model=name, base_revision=revision, max_length=max_length, labels=list(labels))
+        config = DetectorConfig(
+            base_model=name, base_revision=revision, max_length=max_length, labels=list(labels), form=form
+        )
         inner, tokenizer, fresh = load_backbone(config, torch.float32)
         try:
             adapter = LoraConfig(
@@ -187,6 +213,19 @@ class ToxicityClassifier(nn.Module):
     # Probabilities
 
     @property
+    def causal(self) -> bool:
+        """Whether the backbone reads from left to right, so that it can judge prefixes."""
+        # of the architectures that transformers makes sequence classifiers of, the causal ones alone call it so
+        return hasattr(self.model.get_base_model(), "score")
+
+    def _check_causal(self, need: str) -> None:
+        if not self.causal:
+            raise InvalidArgumentError(
+                f"{need}, and the backbone {self.config.base_model!r} is no causal model: give one, such as GPT-2 or "
+                "Llama"
+            )
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
@@ -223,17 +262,40 @@ class ToxicityClassifier(nn.Module):
         Returns:
             `[B, L]` float32, one for each of `config.labels`.
         """
-        # all padding goes to the right, so that its side changes nothing, whatever the backbone makes of positions
-        order = attention_mask.argsort(dim=-1, descending=True, stable=True)
-        mask = attention_mask.gather(-1, order)
-        ids = input_ids.gather(-1, order).masked_fill(mask == 0, self.tokenizer.pad_token_id or 0)
+        ids, mask, _ = self._padded_on_the_right(input_ids, attention_mask)
         inner = cast(Any, self.model.get_base_model())
-        if not self._causal:
+        if not self.causal:
             return inner(input_ids=ids, attention_mask=mask).logits.float()
         # transformers pools a causal model at the last token that is not the padding token, which a text may end with
         hidden = inner.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
         last = mask.sum(-1) - 1
         return inner.score(hidden[torch.arange(len(hidden), device=last.device), last]).float()
+
+    def position_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The logits of each text as far as each of its tokens; those at its last token are `forward`'s.
+
+        Args:
+            input_ids, attention_mask: as for `forward`.
+
+        Returns:
+            `[B, T, L]` float32, in the places of the tokens; 0 at padding.
+
+        Raises:
+            InvalidArgumentError: the backbone is no causal model.
+        """
+        self._check_causal("position_logits reads prefixes")
+        ids, mask, order = self._padded_on_the_right(input_ids, attention_mask)
+        inner = cast(Any, self.model.get_base_model())
+        logits = inner.score(inner.base_model(input_ids=ids, attention_mask=mask).last_hidden_state).float()
+        places = order.argsort(dim=-1)[..., None].expand_as(logits)
+        return logits.gather(1, places).masked_fill(attention_mask[..., None] == 0, 0)
+
+    def _padded_on_the_right(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and mask with all padding moved to the right, so that its side changes nothing, whatever the backbone
+        makes of positions, and the place that each column came from."""
+        order = attention_mask.argsort(dim=-1, descending=True, stable=True)
+        mask = attention_mask.gather(-1, order)
+        return input_ids.gather(-1, order).masked_fill(mask == 0, self.tokenizer.pad_token_id or 0), mask, order
 
     def probabilities(self, texts: Sequence[str], batch_size: int = 64, progress: bool = False) -> np.ndarray:
         """How probably each text has the first label, which is the only one in most classifiers: `[N]` float32.
@@ -263,12 +325,8 @@ class ToxicityClassifier(nn.Module):
         self.eval()
         for places, ids, mask in batches_by_length(encoded, batch_size, progress):
             logits = self(ids.to(self.device), mask.to(self.device))
-            result[places] = logits.sigmoid().cpu().numpy()
+            result[places] = self.config.probabilities(logits).cpu().numpy()
         self.train(training)
-        for place, label in enumerate(self.config.labels):
-            if label in self.config.calibration:
-                knots, calibrated = self.config.calibration[label]
-                result[:, place] = np.interp(result[:, place], knots, calibrated)
         return result
 
 
@@ -349,6 +407,16 @@ def add_adapter(
         raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}")
     set_peft_model_state_dict(model, weights, name)
     return model
+
+
+def _interpolate(values: Tensor, knots: list[list[float]]) -> Tensor:
+    """`numpy.interp` on any device: a piecewise linear map through the knots, constant outside them."""
+    across, up = torch.tensor(knots, dtype=torch.float64, device=values.device)
+    values = values.double()
+    place = (torch.searchsorted(across, values.contiguous(), right=True) - 1).clamp(0, len(across) - 2)
+    width = across[place + 1] - across[place]
+    share = torch.where(width > 0, (values - across[place]) / width, 1.0).clamp(0, 1)
+    return (up[place] + share * (up[place + 1] - up[place])).float()
 
 
 def _weights(model: PeftModel, name: str = "default") -> dict[str, Tensor]:
