@@ -185,7 +185,7 @@ def _common_config(configs: Mapping[str, DetectorConfig]) -> DetectorConfig:
         for field in (field.name for field in fields(common) if field.name not in _OWN):
             wanted, found = getattr(common, field), getattr(config, field)
             if field == "base_model":  # one folder has many names
-                same = Path(model_place(wanted)).absolute() == Path(model_place(found)).absolute()
+                same = Path(model_place(wanted)).resolve() == Path(model_place(found)).resolve()
             else:
                 same = wanted == found
             if not same:
@@ -250,7 +250,11 @@ class _BlendedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result = self.base(x)
         low = F.linear(x.to(self.down.dtype), self.down)
-        return result + F.linear(low * self._gates.of(low)[..., self.owner], self.up).to(result.dtype)
+        low = low * self._gates.of(low)[..., self.owner]
+        if result.dtype != low.dtype:
+            return result + F.linear(low, self.up).to(result.dtype)
+        # added while it is computed: a pass over the outputs less
+        return result.flatten(0, -2).addmm_(low.flatten(0, -2), self.up.T).view(result.shape)
 
 
 class _BlendedHead(nn.Module):
