@@ -200,7 +200,12 @@ def test_adapters_that_do_not_fit_are_refused_in_one_line(backbones, adapters, t
     short = copy_of(forum, tmp_path / "short")
     save_file({name: w for name, w in weights.items() if "score" not in name}, short / "adapter_model.safetensors")
     for other, kind, said in (
-        (adapters["gpt2"]["wiki"], InvalidArgumentError, "base_model"),
+        (adapters["gpt2"]["wiki"], InvalidArgumentError, "base_fingerprint"),
+        (
+            copy_of(wiki, tmp_path / "old", base_model="b", base_fingerprint=None),
+            InvalidArgumentError,
+            "base_model 'b'",
+        ),
         (copy_of(wiki, tmp_path / "labels", labels=["toxic", "insult"]), InvalidArgumentError, "labels"),
         (copy_of(wiki, tmp_path / "length", max_length=12), InvalidArgumentError, "max_length"),
         (tmp_path / "dora", InvalidArgumentError, "DoRA"),

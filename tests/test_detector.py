@@ -107,7 +107,7 @@ def test_prefixes_need_a_causal_backbone(make_classifier):
     assert not classifier.causal
     with pytest.raises(InvalidArgumentError, match=r"position_logits .* no causal model: give one"):
         classifier.position_logits(*padded([[5, 6]], "right"))
-    with pytest.raises(InvalidArgumentError, match="form is 'prefix', and the backbone .* no causal model: give one"):
+    with pytest.raises(InvalidArgumentError, match=r"form is 'prefix', and the backbone .* no causal model: give one"):
         make_classifier("encoder", form="prefix")
 
 

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -19,15 +20,12 @@ from rectify.detectors.classifier import (
     DetectorConfig,
     ToxicityClassifier,
     add_adapter,
-    load_backbone,
+    load_base,
     read_adapter,
     refusing,
 )
 from rectify.errors import InvalidArgumentError
-from rectify.hub import checkpoint_folder, model_place
-
-_OWN = ("calibration", "training")
-"""The fields of a `DetectorConfig` in which the adapters of a blend may differ."""
+from rectify.hub import checkpoint_folder
 
 
 class AdapterBlend(nn.Module):
@@ -85,7 +83,8 @@ class AdapterBlend(nn.Module):
                 read[name] = read_adapter(folders[name])
         config = _common_config({name: config for name, (config, _, _) in read.items()})
         model: Any
-        model, tokenizer, _ = load_backbone(config, dtype)
+        with refusing(folders[next(iter(adapters))]):
+            model, tokenizer = load_base(config, dtype)
         for number, (name, (_, adapter, weights)) in enumerate(read.items()):
             if adapter.use_dora or adapter.lora_bias or adapter.bias != "none":
                 raise InvalidArgumentError(
@@ -95,7 +94,8 @@ class AdapterBlend(nn.Module):
                 # not by its name, which peft would look for in the names of weights
                 model = add_adapter(model, adapter, weights, f"adapter{number}")
         blend = cls(ToxicityClassifier(config, model, tokenizer), folders)
-        return blend.requires_grad_(False).to(device=device, dtype=dtype).eval()
+        kept = dtype if config.quantization == "none" else None  # what is quantised has a dtype of its own
+        return blend.requires_grad_(False).to(device=device, dtype=kept).eval()
 
     @property
     def device(self) -> torch.device:
@@ -127,8 +127,8 @@ class AdapterBlend(nn.Module):
             `[B, L]` float32, one for each of `config.labels`.
 
         Raises:
-            InvalidArgumentError: the gates have another shape, or the backbone keeps the rows of a batch apart by
-                something else than the first dimension.
+            InvalidArgumentError: the gates have another shape, or the backbone mixes rows and positions of a batch in
+                one dimension.
         """
         self._check(input_ids, gates)
         with self._gates.set(gates):
@@ -162,8 +162,8 @@ class AdapterBlend(nn.Module):
             input_ids, attention_mask: as for `forward`.
             place: of the adapter in `names`.
         """
-        only = torch.tensor(place, device=input_ids.device).expand(len(input_ids))
-        return self(input_ids, attention_mask, F.one_hot(only, len(self.names)))
+        with self._gates.set(place):
+            return self._classifier(input_ids, attention_mask)
 
     def _check(self, input_ids: Tensor, gates: Tensor) -> None:
         wanted = (len(input_ids), len(self.names))
@@ -182,16 +182,20 @@ def _common_config(configs: Mapping[str, DetectorConfig]) -> DetectorConfig:
     """
     (first, common), *others = configs.items()
     for name, config in others:
-        for field in (field.name for field in fields(common) if field.name not in _OWN):
+        # weights that are known are the same wherever they lie; the backbone's place counts where they are not
+        known = None not in (common.base_fingerprint, config.base_fingerprint)
+        passed_over = {
+            "calibration",
+            "training",
+            *(("base_model", "base_revision") if known else ("base_fingerprint",)),
+        }
+        for field in (field.name for field in fields(common) if field.name not in passed_over):
             wanted, found = getattr(common, field), getattr(config, field)
-            if field == "base_model":  # one folder has many names
-                same = Path(model_place(wanted)).resolve() == Path(model_place(found)).resolve()
-            else:
-                same = wanted == found
-            if not same:
+            if wanted != found:
+                bases = f" ({config.base_model!r}, {common.base_model!r})" if field == "base_fingerprint" else ""
                 raise InvalidArgumentError(
-                    f"adapter {name!r} has {field} {found!r}, adapter {first!r} has {wanted!r}: give adapters that "
-                    "were trained on one base, for the same labels and length"
+                    f"adapter {name!r} has {field} {found!r}, adapter {first!r} has {wanted!r}{bases}: give adapters "
+                    "that were trained on one base, for the same labels and length"
                 )
     return replace(common, calibration={}, training={})
 
@@ -201,60 +205,67 @@ def _common_config(configs: Mapping[str, DetectorConfig]) -> DetectorConfig:
 
 
 class _Gates:
-    """The gates of the batch that is being computed, for the modules of one blend."""
+    """What the modules of a blend go by while it computes: gates of each row, or the one adapter that counts."""
 
     def __init__(self) -> None:
-        self._values: Tensor | None = None
+        self.current: Tensor | int = 0
 
     @contextmanager
-    def set(self, values: Tensor) -> Iterator[None]:
-        """Have the modules use `[B, K]` gates."""
-        self._values = values
+    def set(self, gates: Tensor | int) -> Iterator[None]:
+        """Have the modules use `[B, K]` gates, or the adapter of this place alone."""
+        before, self.current = self.current, gates
         try:
             yield
         finally:
-            self._values = None
+            self.current = before
 
-    def of(self, x: Tensor) -> Tensor:
-        """Those of the rows of `[B, ..., in]`, in its dtype, `[B, ..., K]` with 1 for each dimension between."""
-        values = self._values
-        if values is None or len(values) != len(x):
-            raise InvalidArgumentError(
-                f"a module of the backbone gets {len(x)} rows for {0 if values is None else len(values)} texts: "
-                "weights of this backbone cannot be blended, train one classifier on it"
-            )
-        return values.to(x.dtype).view(len(x), *[1] * (x.ndim - 2), -1)
+
+def _of_rows(gates: Tensor, x: Tensor) -> Tensor:
+    """`[B, K]` gates for `[B, ..., in]`, in its dtype: `[B, ..., K]`, with 1 for the dimensions between."""
+    if len(gates) != len(x):
+        raise InvalidArgumentError(
+            f"a module of the backbone gets {len(x)} rows for {len(gates)} texts: weights of this backbone cannot be "
+            "blended, blend logits"
+        )
+    return gates.to(x.dtype).view(len(x), *[1] * (x.ndim - 2), -1)
 
 
 class _BlendedLinear(nn.Module):
-    """A linear module and the adapters of those that adapt it, in two matrix products whatever their number.
+    """A linear module and the adapters of it, in two matrix products whatever their number.
 
     Args:
         base: from `[B, ..., in]` to `[B, ..., out]`; also GPT-2's `Conv1D`, or a quantised one.
-        adapters: place, A `[r, in]` and scaled B `[out, r]` of each.
+        adapters: A `[r, in]` and scaled B `[out, r]` of each; `r` differs, and is 0 for one that changes nothing here.
         gates: of the blend.
     """
 
-    def __init__(self, base: nn.Module, adapters: Sequence[tuple[int, Tensor, Tensor]], gates: _Gates) -> None:
+    def __init__(self, base: nn.Module, adapters: Sequence[tuple[Tensor, Tensor]], gates: _Gates) -> None:
         super().__init__()
         self.base = base
         self.down: Tensor
         self.up: Tensor
         self.owner: Tensor
-        self.register_buffer("down", torch.cat([down for _, down, _ in adapters]))
-        self.register_buffer("up", torch.cat([up for _, _, up in adapters], dim=1))
-        # of each row of `down`: ranks may differ, and an adapter may leave the module as it is
-        self.register_buffer("owner", torch.tensor([place for place, down, _ in adapters for _ in down]))
+        ranks = [len(down) for down, _ in adapters]
+        self.register_buffer("down", torch.cat([down for down, _ in adapters]))
+        self.register_buffer("up", torch.cat([up for _, up in adapters], dim=1))
+        self.register_buffer("owner", torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)))
+        ends = np.cumsum(ranks).tolist()
+        self._parts = [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
         self._gates = gates
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.base(x)
-        low = F.linear(x.to(self.down.dtype), self.down)
-        low = low * self._gates.of(low)[..., self.owner]
+        result, gates = self.base(x), self._gates.current
+        x = x.to(self.down.dtype)
+        if isinstance(gates, int):
+            part = self._parts[gates]
+            low, up = F.linear(x, self.down[part]), self.up[:, part]
+        else:
+            low, up = F.linear(x, self.down), self.up
+            low = low * _of_rows(gates, low)[..., self.owner]
         if result.dtype != low.dtype:
-            return result + F.linear(low, self.up).to(result.dtype)
-        # added while it is computed: a pass over the outputs less
-        return result.flatten(0, -2).addmm_(low.flatten(0, -2), self.up.T).view(result.shape)
+            return result + F.linear(low, up).to(result.dtype)
+        # added while it is computed: one pass less over the outputs
+        return result.flatten(0, -2).addmm_(low.flatten(0, -2), up.T).view(result.shape)
 
 
 class _BlendedHead(nn.Module):
@@ -267,12 +278,14 @@ class _BlendedHead(nn.Module):
         self.register_buffer("weight", torch.cat([layer.weight.detach() for layer in layers]))
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.register_buffer("bias", torch.cat(biases) if biases else None)
-        self._gates = gates
+        self._adapters, self._gates = len(layers), gates
 
     def forward(self, x: Tensor) -> Tensor:
-        gates = self._gates.of(x)
-        each = F.linear(x, self.weight, self.bias).unflatten(-1, (gates.shape[-1], -1))
-        return (gates[..., None] * each).sum(-2)
+        each = F.linear(x, self.weight, self.bias).unflatten(-1, (self._adapters, -1))
+        gates = self._gates.current
+        if isinstance(gates, int):
+            return each[..., gates, :]
+        return (_of_rows(gates, x)[..., None] * each).sum(-2)
 
 
 def _blend_modules(model: PeftModel, gates: _Gates) -> None:
@@ -287,17 +300,18 @@ def _blend_modules(model: PeftModel, gates: _Gates) -> None:
             _put(inner, path, _BlendedLinear(module.get_base_layer(), _factors(path, module, names), gates))
 
 
-def _factors(path: str, module: LoraLayer, names: Sequence[str]) -> list[tuple[int, Tensor, Tensor]]:
-    """Place, A and scaled B of each adapter of a module."""
+def _factors(path: str, module: LoraLayer, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """A and scaled B of each adapter of a module."""
     found = []
-    for place, name in enumerate(names):
-        if name not in module.scaling:  # it leaves the module as it is
-            continue
+    for name in names:
         # an adapter of an embedding has no such part, that of a convolution another
         down, up = (dict(part).get(name) for part in (module.lora_A, module.lora_B))
-        if not isinstance(down, nn.Linear) or not isinstance(up, nn.Linear):
+        if name not in module.scaling:
+            found.append((torch.empty(0, module.in_features), torch.empty(module.out_features, 0)))
+        elif isinstance(down, nn.Linear) and isinstance(up, nn.Linear):
+            found.append((down.weight.detach(), up.weight.detach() * module.scaling[name]))
+        else:
             raise InvalidArgumentError(f"adapters change {path}, which is not linear: give some that do not")
-        found.append((place, down.weight.detach(), up.weight.detach() * module.scaling[name]))
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -18,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.detectors.backbone import Quantization, load_backbone, quiet
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
-from rectify.hub import checkpoint_folder, model_place
+from rectify.hub import checkpoint_folder
 
 CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE = "detector_config.json", "adapter_config.json", "adapter_model.safetensors"
 FORMAT_VERSION = 1
@@ -36,11 +35,13 @@ class DetectorConfig:
 
     Attributes:
         base_model: Hub id, folder or bundled name of the frozen backbone, whose tokenizer is used.
-        base_revision: revision of `base_model` on the Hub.
+        base_revision: revision of `base_model` on the Hub; of a new classifier, the commit that was loaded.
         max_length: tokens of a text that are read, from its start.
         labels: what each logit stands for.
         form: `"sequence"`, trained to tell the label of a text from all of it, or `"prefix"`, trained to foretell the
             label of the finished text at each of its tokens; the second needs a causal backbone.
+        quantization: `"nf4"` where the adapter was trained on a backbone of 4 bits; it is loaded on one again.
+        base_fingerprint: what `base_model` is known again by, see `backbone.Backbone`; `None` to take any.
         calibration: for a label, the temperature that its logit is divided by, or the knots
             `[probabilities, calibrated ones]` of a piecewise linear map; `probabilities` applies them.
         training: free-form record of how the weights came to be.
@@ -52,6 +53,8 @@ class DetectorConfig:
     max_length: int = 256
     labels: list[str] = field(default_factory=lambda: ["toxic"])
     form: Form = "sequence"
+    quantization: Quantization = "none"
+    base_fingerprint: str | None = None
     calibration: dict[str, float | list[list[float]]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -61,8 +64,9 @@ class DetectorConfig:
             raise InvalidArgumentError(f"max_length is {self.max_length}: give 1 or more")
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise InvalidArgumentError(f"labels is {self.labels!r}: give one or more, each once")
-        if self.form not in get_args(Form):
-            raise InvalidArgumentError(f"form is {self.form!r}: give one of {', '.join(get_args(Form))}")
+        for name, known in (("form", get_args(Form)), ("quantization", get_args(Quantization))):
+            if getattr(self, name) not in known:
+                raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(known)}")
         for label, how in self.calibration.items():
             if isinstance(how, int | float) and not 0 < how < float("inf"):
                 raise InvalidArgumentError(f"calibration of {label!r} is {how}: give a temperature above 0")
@@ -124,6 +128,7 @@ class ToxicityClassifier(nn.Module):
         revision: str | None = None,
         labels: Sequence[str] = ("toxic",),
         form: Form = "sequence",
+        quantization: Quantization = "none",
         max_length: int = 256,
         lora_r: int = 8,
         lora_alpha: int = 16,
@@ -135,7 +140,7 @@ class ToxicityClassifier(nn.Module):
         Args:
             name: folder, `"pocket"` or Hub id of a model and its tokenizer.
             revision: of a Hub id.
-            labels, form, max_length: see `DetectorConfig`.
+            labels, form, quantization, max_length: see `DetectorConfig`.
             lora_r, lora_alpha, lora_dropout: rank, scale and dropout of the adapter.
             target_modules: names of the modules that are adapted; `"all-linear"` for all linear ones but the head.
 
@@ -143,11 +148,20 @@ class ToxicityClassifier(nn.Module):
             CheckpointError: nothing usable is there.
             InvalidArgumentError: a setting is out of range, or the backbone is an encoder-decoder, or no causal model
                 where the form needs one.
+            RectifyError: bitsandbytes is needed and not installed.
         """
         config = DetectorConfig(
-            base_model=name, base_revision=revision, max_length=max_length, labels=list(labels), form=form
+            base_model=name,
+            base_revision=revision,
+            quantization=quantization,
+            max_length=max_length,
+            labels=list(labels),
+            form=form,
         )
-        inner, tokenizer, fresh = load_backbone(config, torch.float32)
+        inner, tokenizer, fresh, config.base_fingerprint = load_backbone(
+            name, revision, len(labels), quantization=quantization
+        )
+        config.base_revision = getattr(inner.config, "_commit_hash", None) or revision
         try:
             adapter = LoraConfig(
                 r=lora_r,
@@ -157,7 +171,7 @@ class ToxicityClassifier(nn.Module):
                 modules_to_save=fresh,
                 task_type=TaskType.SEQ_CLS,
             )
-            with _quiet():
+            with quiet():
                 model = cast(PeftModel, get_peft_model(inner, adapter))
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise InvalidArgumentError(
@@ -175,7 +189,7 @@ class ToxicityClassifier(nn.Module):
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> ToxicityClassifier:
-        """Load a classifier in evaluation mode, its adapter folded into the backbone.
+        """Load a classifier in evaluation mode, its adapter folded into the backbone if that is not quantised.
 
         Args:
             name: a folder written by `save_pretrained`, `"pocket-reward"`, or a Hub id.
@@ -188,11 +202,13 @@ class ToxicityClassifier(nn.Module):
         """
         with refusing(name):
             config, adapter, weights = read_adapter(checkpoint_folder(name, revision))
-            inner, tokenizer, _ = load_backbone(config, dtype)
+            inner, tokenizer = load_base(config, dtype)
             model = add_adapter(inner, adapter, weights)
-            model.merge_adapter()
+            if config.quantization == "none":
+                model.merge_adapter()  # folded into 4 bits, it would be rounded to them
             classifier = cls(config, model, tokenizer)
-        return classifier.requires_grad_(False).to(device=device, dtype=dtype).eval()
+        kept = dtype if config.quantization == "none" else None  # what is quantised has a dtype of its own
+        return classifier.requires_grad_(False).to(device=device, dtype=kept).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write configuration, adapter and head to a folder; the backbone and its tokenizer stay where they are."""
@@ -364,51 +380,6 @@ def batches_by_length(
             bar.update(len(places))
 
 
-@contextmanager
-def refusing(name: str | Path) -> Iterator[None]:
-    """Turn whatever a damaged checkpoint makes fail into one `CheckpointError` that names it."""
-    try:
-        yield
-    except (RectifyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
-
-
-def read_adapter(folder: Path) -> tuple[DetectorConfig, LoraConfig, dict[str, Tensor]]:
-    """What a folder of `save_pretrained` holds; any error of reading it may come out, see `refusing`."""
-    for file in (CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
-        if not (folder / file).exists():
-            raise CheckpointError(f"it holds no {file}: give a folder written by save_pretrained")
-    config = DetectorConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-    return config, LoraConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS_FILE)
-
-
-def add_adapter(
-    model: PreTrainedModel | PeftModel, adapter: LoraConfig, weights: dict[str, Tensor], name: str = "default"
-) -> PeftModel:
-    """A model with an adapter and its head, not folded in.
-
-    Args:
-        model: the backbone, or what this made of it for another adapter.
-        adapter, weights: of `read_adapter`.
-        name: what peft calls it.
-
-    Raises:
-        CheckpointError: the weights are not those of the adapter.
-    """
-    with _quiet():
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, adapter)
-        else:
-            model = cast(PeftModel, get_peft_model(model, adapter, name))
-    # peft would leave what is missing at its random start, with no more than a warning
-    differing = set(weights) ^ set(_weights(model, name))
-    if differing:
-        raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}")
-    set_peft_model_state_dict(model, weights, name)
-    return model
-
-
 def _interpolate(values: Tensor, knots: list[list[float]]) -> Tensor:
     """`numpy.interp` on any device: a piecewise linear map through the knots, constant outside them."""
     across, up = torch.tensor(knots, dtype=torch.float64, device=values.device)
@@ -419,53 +390,74 @@ def _interpolate(values: Tensor, knots: list[list[float]]) -> Tensor:
     return (up[place] + share * (up[place + 1] - up[place])).float()
 
 
-def _weights(model: PeftModel, name: str = "default") -> dict[str, Tensor]:
-    # the embeddings are the backbone's; asked to decide by itself, peft would look it up on the Hub
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts of a checkpoint
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what other libraries say of new heads and of GPT-2's layers."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+def refusing(name: str | Path) -> Iterator[None]:
+    """Turn whatever fails over a damaged checkpoint into one `CheckpointError` that names it."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")
-            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")  # a bundled name
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+        yield
+    except RectifyError as error:  # with its own remedy
+        raise CheckpointError(f"{str(name)!r} could not be loaded: {error}") from error
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
 
 
-def load_backbone(
-    config: DetectorConfig, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
-    """The backbone with a new head, its tokenizer, and the modules whose weights no checkpoint holds."""
-    name, revision = config.base_model, config.base_revision or "main"
-    place = model_place(name, config.base_revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
-        with _quiet():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                place,
-                revision=revision,
-                num_labels=len(config.labels),
-                dtype=dtype,
-                ignore_mismatched_sizes=True,  # the head of a classifier of more labels is no part of the backbone
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, KeyError) as error:
+def read_adapter(folder: Path) -> tuple[DetectorConfig, LoraConfig, dict[str, Tensor]]:
+    """What `save_pretrained` has written to a folder; to be called within `refusing`."""
+    for file in (CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
+        if not (folder / file).exists():
+            raise CheckpointError(f"it holds no {file}: give a folder written by save_pretrained")
+    config = DetectorConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    return config, LoraConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS_FILE)
+
+
+def load_base(config: DetectorConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The backbone of a classifier with a new head, and its tokenizer.
+
+    Raises:
+        CheckpointError: nothing usable is there, or its weights are not those that the classifier was trained on.
+    """
+    inner, tokenizer, _, fingerprint = load_backbone(
+        config.base_model, config.base_revision, len(config.labels), dtype, config.quantization
+    )
+    if config.base_fingerprint not in (None, fingerprint):
         raise CheckpointError(
-            f"backbone {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
-            "give a model of text with its tokenizer"
-        ) from error
-    if model.config.is_encoder_decoder:
-        raise InvalidArgumentError(f"backbone {name!r} is an encoder-decoder: give a causal model or an encoder")
-    body = model.base_model_prefix
-    head = [
-        child for child, module in model.named_children() if child != body and any(True for _ in module.parameters())
-    ]
-    lacking = {key.rpartition(".")[0] for key in report["missing_keys"] if key.startswith(f"{body}.")}
-    return model, tokenizer, head + sorted(lacking)
+            f"it was trained on weights {config.base_fingerprint} of {config.base_model!r}, and those there now are "
+            f"{fingerprint}: put the former back, name their place as base_model in {CONFIG_FILE}, or train anew"
+        )
+    return inner, tokenizer
+
+
+def add_adapter(
+    model: PreTrainedModel | PeftModel, adapter: LoraConfig, weights: dict[str, Tensor], name: str = "default"
+) -> PeftModel:
+    """A model with an adapter and its head, not folded in.
+
+    Args:
+        model: the backbone, or what this has made of it for another adapter.
+        adapter, weights: of `read_adapter`.
+        name: what peft is to call it.
+
+    Raises:
+        CheckpointError: the weights are not those of the adapter.
+    """
+    with quiet():
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, adapter)
+        else:
+            model = cast(PeftModel, get_peft_model(model, adapter, name))
+    # peft would leave what is missing at its random start, with no more than a warning
+    differing = set(weights) ^ set(_weights(model, name))
+    if differing:
+        raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}: is it complete?")
+    set_peft_model_state_dict(model, weights, name)
+    return model
+
+
+def _weights(model: PeftModel, name: str = "default") -> dict[str, Tensor]:
+    # the embeddings are the backbone's; asked to decide by itself, peft would look it up on the Hub
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
