@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from rectify.detectors.classifier import (
     DetectorConfig,
@@ -103,9 +104,9 @@ class AdapterBlend(nn.Module):
         return self._classifier.device
 
     @property
-    def base(self) -> Any:
-        """The configuration of the backbone, as transformers has it."""
-        return self._classifier.model.get_base_model().config
+    def backbone(self) -> PreTrainedModel:
+        """The model that the adapters share."""
+        return cast(PreTrainedModel, self._classifier.model.get_base_model())
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text; see `ToxicityClassifier.encode`."""
