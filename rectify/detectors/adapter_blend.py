@@ -308,7 +308,8 @@ def _factors(path: str, module: LoraLayer, names: Sequence[str]) -> list[tuple[T
         # an adapter of an embedding has no such part, that of a convolution another
         down, up = (dict(part).get(name) for part in (module.lora_A, module.lora_B))
         if name not in module.scaling:
-            found.append((torch.empty(0, module.in_features), torch.empty(module.out_features, 0)))
+            inputs, outputs = cast(int, module.in_features), cast(int, module.out_features)
+            found.append((torch.empty(0, inputs), torch.empty(outputs, 0)))
         elif isinstance(down, nn.Linear) and isinstance(up, nn.Linear):
             found.append((down.weight.detach(), up.weight.detach() * module.scaling[name]))
         else:
