@@ -14,6 +14,8 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     LlamaConfig,
     MambaConfig,
@@ -22,6 +24,7 @@ from transformers import (
 )
 
 from rectify import DeadEndQNetwork
+from rectify.detectors import ToxicityClassifier
 from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
 from rectify.vocabulary import Fingerprint
 
@@ -99,6 +102,42 @@ def run_place(tmp_path_factory):
         StaticTokenRisk(risk, StaticRiskConfig(97, 0.5, 20.0, Fingerprint.of(tokenizer))).save_pretrained(folder / name)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records()))
     return folder
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory):
+    """A folder of model and tokenizer of each kind; the padding token is one with which texts may end."""
+    folders = {}
+    for kind in ("gpt2", "llama", "encoder"):
+        folders[kind] = str(tmp_path_factory.mktemp(kind))
+        if kind == "encoder":
+            # saved without the pooler that a classifier needs
+            sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+            torch.manual_seed(0)
+            model = BertForMaskedLM(
+                BertConfig(vocab_size=97, max_position_embeddings=160, initializer_range=0.3, **sizes)
+            )
+        else:
+            model = build_model(kind, pad_token_id=2)
+        model.save_pretrained(folders[kind])
+        build_tokenizer(pad="t0" if kind == "encoder" else "t2").save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def make_classifier(backbones):
+    """`make_classifier(kind, **settings)`: a classifier whose adapter and head do something."""
+
+    def make(kind="llama", **settings):
+        torch.manual_seed(1)
+        classifier = ToxicityClassifier.from_backbone(backbones[kind], max_length=24, **settings)
+        with torch.no_grad():
+            for parameter in classifier.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return classifier.eval()
+
+    return make
 
 
 @pytest.fixture

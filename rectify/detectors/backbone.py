@@ -37,7 +37,7 @@ class Backbone(NamedTuple):
         model: a sequence classifier of transformers with a new head.
         tokenizer: its tokenizer.
         fresh: the modules whose weights no checkpoint holds, the head first.
-        fingerprint: `hub.files_digest` of the weight files in a local folder, or the commit on the Hub.
+        fingerprint: see `fingerprint_of`.
     """
 
     model: PreTrainedModel
@@ -96,8 +96,12 @@ def load_backbone(
     _leave_unpacked(model)
     body = f"{model.base_model_prefix}."
     lacking = {key.rpartition(".")[0] for key in report["missing_keys"] if key.startswith(body)}
-    fingerprint = files_digest(place, suffixes=_WEIGHTS) if isinstance(place, Path) else config._commit_hash
-    return Backbone(model, tokenizer, _head(model) + sorted(lacking), fingerprint)
+    return Backbone(model, tokenizer, _head(model) + sorted(lacking), fingerprint_of(place, config))
+
+
+def fingerprint_of(place: str | Path, config: PreTrainedConfig) -> str | None:
+    """`files_digest` of the weights in a folder, or the commit of a model that came from the Hub."""
+    return files_digest(place, suffixes=_WEIGHTS) if isinstance(place, Path) else config._commit_hash
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -199,40 +200,13 @@ class ToxicityClassifier(nn.Module):
         Raises:
             CheckpointError: nothing usable is there.
         """
-        folder = checkpoint_folder(name, revision)
-        for file in (CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
-            if not (folder / file).exists():
-                raise CheckpointError(f"{str(name)!r} holds no {file}: give a folder written by save_pretrained")
-        try:
-            config = DetectorConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-            adapter = LoraConfig.from_pretrained(str(folder))
-            weights = load_file(folder / WEIGHTS_FILE)
-            inner, tokenizer, _, fingerprint = load_backbone(
-                config.base_model, config.base_revision, len(config.labels), dtype, config.quantization
-            )
-            if config.base_fingerprint not in (None, fingerprint):
-                raise CheckpointError(
-                    f"it was trained on weights {config.base_fingerprint} of {config.base_model!r}, and those there "
-                    f"now are {fingerprint}: put the former back, name their place as base_model in {CONFIG_FILE}, or "
-                    "train anew"
-                )
-            with quiet():
-                model = cast(PeftModel, get_peft_model(inner, adapter))
-            # peft would leave what is missing at its random start, with no more than a warning
-            differing = set(weights) ^ set(_weights(model))
-            if differing:
-                raise CheckpointError(
-                    f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}: is it complete?"
-                )
-            set_peft_model_state_dict(model, weights)
+        with refusing(name):
+            config, adapter, weights = read_adapter(checkpoint_folder(name, revision))
+            inner, tokenizer = load_base(config, dtype)
+            model = add_adapter(inner, adapter, weights)
             if config.quantization == "none":
                 model.merge_adapter()  # folded into 4 bits, it would be rounded to them
             classifier = cls(config, model, tokenizer)
-        except RectifyError as error:  # with its own remedy
-            raise CheckpointError(f"{str(name)!r} could not be loaded: {error}") from error
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
         kept = dtype if config.quantization == "none" else None  # what is quantised has a dtype of its own
         return classifier.requires_grad_(False).to(device=device, dtype=kept).eval()
 
@@ -361,21 +335,13 @@ class ToxicityClassifier(nn.Module):
         Raises:
             InvalidArgumentError: `batch_size` is below 1, or a text is not a string, or no valid Unicode.
         """
-        if batch_size < 1:
-            raise InvalidArgumentError(f"batch_size is {batch_size}: give 1 or more")
         encoded = self.encode(texts)
         result = np.full((len(encoded), len(self.config.labels)), np.nan, dtype=np.float32)
-        # the longest first: what does not fit into memory fails at once
-        order = sorted((i for i, ids in enumerate(encoded) if ids), key=lambda i: -len(encoded[i]))
         training = self.training
         self.eval()
-        with tqdm(total=len(order), unit="text", disable=not progress) as bar:
-            for start in range(0, len(order), batch_size):
-                places = order[start : start + batch_size]
-                ids, mask = pad([encoded[place] for place in places])
-                logits = self(ids.to(self.device), mask.to(self.device))
-                result[places] = self.config.probabilities(logits).cpu().numpy()
-                bar.update(len(places))
+        for places, ids, mask in batches_by_length(encoded, batch_size, progress):
+            logits = self(ids.to(self.device), mask.to(self.device))
+            result[places] = self.config.probabilities(logits).cpu().numpy()
         self.train(training)
         return result
 
@@ -388,6 +354,32 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, (torch.arange(longest) < lengths[:, None]).long()
 
 
+def batches_by_length(
+    encoded: Sequence[Sequence[int]], batch_size: int, progress: bool = False
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Texts in batches of nearly equal length, the longest first: what does not fit into memory fails at once.
+
+    Args:
+        encoded: token ids of each text; those without one are left out.
+        batch_size: texts at a time.
+        progress: show a progress bar.
+
+    Yields:
+        The places of a batch's texts in `encoded`, and their ids and mask, as `pad` makes them.
+
+    Raises:
+        InvalidArgumentError: `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise InvalidArgumentError(f"batch_size is {batch_size}: give 1 or more")
+    order = sorted((place for place, ids in enumerate(encoded) if ids), key=lambda place: -len(encoded[place]))
+    with tqdm(total=len(order), unit="text", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            yield places, *pad([encoded[place] for place in places])
+            bar.update(len(places))
+
+
 def _interpolate(values: Tensor, knots: list[list[float]]) -> Tensor:
     """`numpy.interp` on any device: a piecewise linear map through the knots, constant outside them."""
     across, up = torch.tensor(knots, device=values.device)
@@ -397,6 +389,74 @@ def _interpolate(values: Tensor, knots: list[list[float]]) -> Tensor:
     return up[place] + share * (up[place + 1] - up[place])
 
 
-def _weights(model: PeftModel) -> dict[str, Tensor]:
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts of a checkpoint
+
+
+@contextmanager
+def refusing(name: str | Path) -> Iterator[None]:
+    """Turn whatever fails over a damaged checkpoint into one `CheckpointError` that names it."""
+    try:
+        yield
+    except RectifyError as error:  # with its own remedy
+        raise CheckpointError(f"{str(name)!r} could not be loaded: {error}") from error
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
+
+
+def read_adapter(folder: Path) -> tuple[DetectorConfig, LoraConfig, dict[str, Tensor]]:
+    """What `save_pretrained` has written to a folder; to be called within `refusing`."""
+    for file in (CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
+        if not (folder / file).exists():
+            raise CheckpointError(f"it holds no {file}: give a folder written by save_pretrained")
+    config = DetectorConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    return config, LoraConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS_FILE)
+
+
+def load_base(config: DetectorConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The backbone of a classifier with a new head, and its tokenizer.
+
+    Raises:
+        CheckpointError: nothing usable is there, or its weights are not those that the classifier was trained on.
+    """
+    inner, tokenizer, _, fingerprint = load_backbone(
+        config.base_model, config.base_revision, len(config.labels), dtype, config.quantization
+    )
+    if config.base_fingerprint not in (None, fingerprint):
+        raise CheckpointError(
+            f"it was trained on weights {config.base_fingerprint} of {config.base_model!r}, and those there now are "
+            f"{fingerprint}: put the former back, name their place as base_model in {CONFIG_FILE}, or train anew"
+        )
+    return inner, tokenizer
+
+
+def add_adapter(
+    model: PreTrainedModel | PeftModel, adapter: LoraConfig, weights: dict[str, Tensor], name: str = "default"
+) -> PeftModel:
+    """A model with an adapter and its head, not folded in.
+
+    Args:
+        model: the backbone, or what this has made of it for another adapter.
+        adapter, weights: of `read_adapter`.
+        name: what peft is to call it.
+
+    Raises:
+        CheckpointError: the weights are not those of the adapter.
+    """
+    with quiet():
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, adapter)
+        else:
+            model = cast(PeftModel, get_peft_model(model, adapter, name))
+    # peft would leave what is missing at its random start, with no more than a warning
+    differing = set(weights) ^ set(_weights(model, name))
+    if differing:
+        raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}: is it complete?")
+    set_peft_model_state_dict(model, weights, name)
+    return model
+
+
+def _weights(model: PeftModel, name: str = "default") -> dict[str, Tensor]:
     # the embeddings are the backbone's; asked to decide by itself, peft would look it up on the Hub
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

@@ -11,7 +11,7 @@ from rectify.scoring.scores import Scorer
 
 SCORERS = {
     "pocket": "the bundled scorer of RealToxicityPrompts' eight attributes (default; pocket:PATH: one like it)",
-    "detector:PATH": "a classifier of `rectify train`",
+    "detector:PATH": "a classifier or gated detector of `rectify train`",
     "hf:ID": "any text classifier of the transformers library, folder or Hub id",
     "detoxify:NAME": "a model of the package detoxify (extra [detoxify])",
     "keywords:FILE": "a word list: 1 where one of its terms is in the text",
