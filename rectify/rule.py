@@ -348,7 +348,7 @@ def rectify_support(
 def rectify_candidates(
     scores: Tensor, candidates: Support, log_survival: Tensor, rule: Rule, unwarped: Tensor
 ) -> Rectified:
-    """`rectify` where some tokens alone have a known risk: the others are removed, so that what the rule promises holds.
+    """`rectify` where only some tokens have a known risk: the others are removed, so that what the rule promises holds.
 
     A policy that is infeasible on the candidates is widened no further than to their probabilities before the warpers;
     where that is infeasible too, the answer to a dead end is one of candidates alone.
@@ -368,9 +368,7 @@ def rectify_candidates(
     result = rectify(left, log_survival.masked_fill(~candidates.real, 0), rule, whole)
     base = left - scores.logsumexp(-1, keepdim=True)
     overlap = torch.minimum(base, _normalise(result.scores)).exp_().sum(-1)
-    return result._replace(
-        scores=candidates.spread(result.scores, scores.shape[-1]), moved=(1 - overlap).clamp_(0, 1)
-    )
+    return result._replace(scores=candidates.spread(result.scores, scores.shape[-1]), moved=(1 - overlap).clamp_(0, 1))
 
 
 def _answer(scores: Tensor, log_policy: Tensor, normaliser: Tensor, reshaped: Reshaped) -> Rectified:
