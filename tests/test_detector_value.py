@@ -10,9 +10,11 @@ from causal_classifiers import HEADS, KINDS, SIZES, toxicity_of
 from transformers import BertConfig, BertForMaskedLM
 
 from rectify import DetectorValue, InvalidArgumentError, VocabularyMismatchError, token_risks
+from rectify.evaluation.candidate_cost import Way, candidate_costs, walk
 from rectify.methods import causal_states
 from rectify.methods.causal_states import CausalStates
 from rectify.prefix_memo import MASKED
+from rectify.sampling import Sampling
 from rectify.support import Support, candidates_of
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -273,6 +275,26 @@ def test_ids_without_a_token_are_certainly_toxic(classifiers, tokenizer):
         draw(1, 5), Support(tokens, torch.ones_like(tokens, dtype=torch.bool))
     )
     assert (found == -math.inf).tolist() == [[False, True, False]]
+
+
+# --- what it costs
+
+
+def test_the_cost_of_candidates_is_measured_along_a_models_own_texts(make_model, classifiers, tokenizer):
+    model = make_model("llama", seed=6)
+    texts = walk(model, tokenizer, ["t5 t6 t7", "t9"], 4, Sampling(do_sample=True, top_k=9))
+    assert texts.ids.shape == (2, 7)
+    assert (texts.ids == MASKED).tolist() == [[False] * 7, [True, True] + [False] * 5]
+    for step, policy in enumerate(texts.policies):
+        prefix = texts.prefixes(step)
+        assert prefix.shape[1] == 3 + step
+        assert (policy.gather(-1, texts.ids[:, 3 + step, None]) > -math.inf).all()
+    trunk = classifiers["llama"].model.get_base_model().base_model
+    few, most = candidate_costs(trunk, texts, [Way("few", 0.05), Way("k", None, 3, padded=True)], repetitions=2)
+    assert (most.candidates, most.largest) == (3, 3)
+    assert 1 <= few.candidates <= few.largest <= 9
+    assert few.ratio.ratio > 0
+    assert len(few.ratio.ratios) == 3 * 2
 
 
 # --- what is refused

@@ -75,9 +75,8 @@ def test_a_detector_alone_and_with_q(capsys, tmp_path):
     assert "method: rectify:pocket-q,beta=6+detector:pocket-reward,k=8; " in err
     assert "rectified 5 next-token distributions" in err
     page = tmp_path / "trace.html"
-    code, _, err = run(
-        capsys, "--method", "detector:pocket-reward", "--num_return_sequences", 2, "--trace", page, *flags
-    )
+    alone = ("--method", "detector:pocket-reward")
+    code, _, err = run(capsys, *alone, "--num_return_sequences", 2, "--trace", page, *flags)
     assert code == 0, err
     assert "risk" in page.read_text()
     assert run(capsys, *alone, "--num_beams", 2, *flags)[0] == 0
