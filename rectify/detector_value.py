@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.causal_states import CausalStates
 from rectify.detectors import DetectorConfig, ToxicityClassifier
 from rectify.errors import InvalidArgumentError, VocabularyMismatchError
-from rectify.methods.causal_states import CausalStates
 from rectify.padding import follows
 from rectify.prefix_memo import PrefixMemo
 from rectify.support import Support, candidates_of

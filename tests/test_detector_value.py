@@ -9,10 +9,9 @@ import torch
 from causal_classifiers import HEADS, KINDS, SIZES, toxicity_of
 from transformers import BertConfig, BertForMaskedLM
 
-from rectify import DetectorValue, InvalidArgumentError, VocabularyMismatchError, token_risks
+from rectify import DetectorValue, InvalidArgumentError, VocabularyMismatchError, causal_states, token_risks
+from rectify.causal_states import CausalStates
 from rectify.evaluation.candidate_cost import Way, candidate_costs, walk
-from rectify.methods import causal_states
-from rectify.methods.causal_states import CausalStates
 from rectify.prefix_memo import MASKED
 from rectify.sampling import Sampling
 from rectify.support import Support, candidates_of

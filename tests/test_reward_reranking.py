@@ -8,9 +8,9 @@ from causal_classifiers import toxicity_of
 from decoding import assistant_of, padded, warped
 
 from rectify import load_language_model
+from rectify.causal_states import CausalStates
 from rectify.detector_value import DetectorValue
 from rectify.methods.base import Base
-from rectify.methods.causal_states import CausalStates
 from rectify.methods.reward_reranking import RewardReranking, RewardRerankingProcessor
 from rectify.prefix_memo import MASKED
 

@@ -12,8 +12,9 @@ from rectify.builders.selection import TOXIC, TRAIN, Counts, compile_trajectorie
 from rectify.builders.settings import TrajectorySettings, check_share
 from rectify.errors import InvalidArgumentError
 from rectify.generation.generator import Generator, continue_with, shared_context
-from rectify.generation.output import GenerationFile, Records, sha256_of
+from rectify.generation.output import GenerationFile, Records
 from rectify.generation.prompts import Prompt
+from rectify.json_files import sha256_of
 from rectify.methods.method import Decoder
 from rectify.text_files import LabelledText
 

@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from rectify.detectors.backbone import fingerprint_of, quiet
 from rectify.detectors.classifier import batches_by_length, refusing
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
-from rectify.generation.output import write_json
 from rectify.hub import checkpoint_folder, model_place
+from rectify.json_files import write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "gate_config.json", "gate.safetensors"
 FORMAT_VERSION = 1

@@ -19,8 +19,8 @@ from rectify.detectors.classifier import ToxicityClassifier, batches_by_length, 
 from rectify.detectors.gate import AdapterGate
 from rectify.detectors.routing import Routing, route
 from rectify.errors import CheckpointError, InvalidArgumentError
-from rectify.generation.output import write_json
 from rectify.hub import checkpoint_folder
+from rectify.json_files import write_json
 
 CONFIG_FILE, GATE_FOLDER, ADAPTERS_FOLDER = "gated_config.json", "gate", "adapters"
 FORMAT_VERSION = 1

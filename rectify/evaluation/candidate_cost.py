@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.causal_states import CausalStates
 from rectify.evaluation.overhead import Ratio, make_ratio, orders
-from rectify.methods.causal_states import CausalStates
 from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.sampling import Sampling
 from rectify.support import Support, candidates_of

@@ -29,9 +29,9 @@ from rectify.evaluation.teacher_forcing import forced_nll
 from rectify.evaluation.toxicity_prompts import clean_texts, in_split, prompt_toxicity, select
 from rectify.evaluation.weights import Provenance, weights_digest
 from rectify.generation.generator import Continuation, Generator, continue_with, shared_context
-from rectify.generation.output import sha256_of
 from rectify.generation.prompts import Prompt, read_prompts_file
 from rectify.hub import DTYPES, load_language_model
+from rectify.json_files import sha256_of
 from rectify.methods.method import Decoder, Method
 from rectify.sampling import Sampling
 from rectify.scoring.load import load_scorer

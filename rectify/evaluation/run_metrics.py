@@ -31,7 +31,7 @@ from rectify.evaluation.run_settings import SELF
 from rectify.evaluation.toxicity_prompts import TOXIC, prompt_toxicity
 from rectify.evaluation.weights import Provenance, networks_of
 from rectify.generation.generator import Continuation
-from rectify.generation.output import sha256_of
+from rectify.json_files import sha256_of
 from rectify.methods.method import Method
 from rectify.scoring.scores import Scorer
 from rectify.version import __version__

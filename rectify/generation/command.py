@@ -13,11 +13,12 @@ from rectify.errors import InvalidArgumentError, PromptError
 from rectify.generation.chosen_method import chosen_method
 from rectify.generation.display import Display
 from rectify.generation.generator import Generator, batches, continue_with, shared_context
-from rectify.generation.output import GenerationFile, Records, sha256_of
+from rectify.generation.output import GenerationFile, Records
 from rectify.generation.prompts import EXAMPLES, Prompt, numbered, read_prompts_file, read_standard_input
 from rectify.generation.trace import PromptTrace, counts, trace_of
 from rectify.generation.trace_file import trace_path, write_trace
 from rectify.hub import DTYPES, POCKET, available_device, checkpoint_folder, load_language_model
+from rectify.json_files import sha256_of
 from rectify.methods.base import Base
 from rectify.methods.method import Decoder, Method
 from rectify.methods.rectification import Rectify

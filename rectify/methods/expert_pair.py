@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, VocabularyMismatchError, first_line
-from rectify.generation.output import write_json
 from rectify.hub import checkpoint_folder, model_place
+from rectify.json_files import write_json
 from rectify.vocabulary import Fingerprint
 
 CONFIG_FILE = "experts_config.json"

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.detector_value import CANDIDATES, DetectorValue, check_candidates
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import sha256_of
+from rectify.json_files import sha256_of
 from rectify.methods.method import Decoder, Method
 from rectify.processor import Combination, RectificationProcessor, check_combination
 from rectify.q_network import DeadEndQNetwork

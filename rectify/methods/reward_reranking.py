@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rectify.detector_value import DetectorValue
 from rectify.detectors import ToxicityClassifier
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import sha256_of
+from rectify.json_files import sha256_of
 from rectify.methods.base import WarpingProcessor
 from rectify.methods.method import Decoder, Method
 from rectify.prefix_memo import MASKED

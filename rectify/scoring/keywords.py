@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import sha256_of
+from rectify.json_files import sha256_of
 from rectify.scoring.scores import Scores, check_attributes, reason_against
 from rectify.text_files import read_rows
 

@@ -25,7 +25,7 @@ from transformers.trainer_utils import IntervalStrategy
 from rectify.detectors.backbone import Quantization
 from rectify.detectors.classifier import DetectorConfig, Form, ToxicityClassifier, pad
 from rectify.errors import InvalidArgumentError, RectifyError
-from rectify.generation.output import sha256_of, write_json
+from rectify.json_files import sha256_of, write_json
 from rectify.training.detector_figures import label_figures, scikit_learn
 from rectify.training.running import checkpoint_to_resume
 from rectify.training.score_calibration import calibration_curve, calibration_temperature

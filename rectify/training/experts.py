@@ -25,7 +25,7 @@ from transformers import (
 
 from rectify.detectors.classifier import pad
 from rectify.errors import InvalidArgumentError, first_line
-from rectify.generation.output import sha256_of, write_json
+from rectify.json_files import sha256_of, write_json
 from rectify.methods.expert_pair import ANTI_EXPERT, CONFIG_FILE, EXPERT, ExpertsConfig, load_base, save_adapter
 from rectify.training.running import SETTINGS_FILE, checkpoint_to_resume
 from rectify.training.trainer import AdapterTrainer, use_fast_attention

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from rectify.generation.output import write_json
+from rectify.json_files import write_json
 
 
 class ResumableArray:
