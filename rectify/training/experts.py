@@ -41,18 +41,24 @@ Row = tuple[str, float]
 
 
 @dataclass
-class ExpertSettings:
-    """What is trained; each field is a flag of `rectify train experts`."""
+class AdapterSettings:
+    """A LoRA adapter of a causal language model; each field is a flag of the trainings that make one."""
 
     model_name_or_path: str = field(metadata={"help": "causal language model: folder, Hub id, or pocket"})
     model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub id"})
-    max_length: int = field(default=128, metadata={"help": "tokens of a text that are read, from its start"})
     lora_r: int = field(default=16, metadata={"help": "rank of each adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "an adapter is scaled by lora_alpha / lora_r"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapter"})
     target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "modules that are adapted, by the end of their names"}
     )
+
+
+@dataclass
+class ExpertSettings(AdapterSettings):
+    """What is trained; each field is a flag of `rectify train experts`."""
+
+    max_length: int = field(default=128, metadata={"help": "tokens of a text that are read, from its start"})
 
 
 def train_experts(
@@ -122,16 +128,16 @@ def _train_one(
     digest = sha256_of([data.items, held.items])
     given = {**asdict(settings), "texts_sha256": digest}
     if (folder / RESULTS_FILE).exists():
-        _check_same(folder, arguments.to_dict() | given)
+        check_same(folder, arguments.to_dict() | given)
         return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))["record"]
     checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **given)
     set_seed(arguments.seed)
     base, _ = _load(settings)
-    model = _with_adapter(base, settings)
+    model = with_adapter(base, settings)
     use_fast_attention(base, arguments)
     held.items.sort(key=lambda item: -len(item["input_ids"]))  # batches of nearly equal length
     trainer = AdapterTrainer(
-        model=_Training(model),
+        model=LanguageModelTraining(model),
         args=arguments,
         train_dataset=data,
         eval_dataset=held,
@@ -162,7 +168,7 @@ def _train_one(
     return record
 
 
-def _check_same(folder: Path, wanted: dict[str, Any]) -> None:
+def check_same(folder: Path, wanted: dict[str, Any]) -> None:
     """Refuse to take what another training has finished for a part of this one."""
     former: dict[str, Any] = {SETTINGS_FILE: "nothing"}
     if (folder / SETTINGS_FILE).exists():
@@ -189,7 +195,12 @@ def _load(settings: ExpertSettings) -> tuple[PreTrainedModel, PreTrainedTokenize
     return model, tokenizer
 
 
-def _with_adapter(model: PreTrainedModel, settings: ExpertSettings) -> PeftModel:
+def with_adapter(model: PreTrainedModel, settings: AdapterSettings) -> PeftModel:
+    """A language model with a new adapter, drawn from torch's random generator.
+
+    Raises:
+        InvalidArgumentError: the settings make none.
+    """
     targets = settings.target_modules
     try:
         adapter = LoraConfig(
@@ -208,7 +219,7 @@ def _with_adapter(model: PreTrainedModel, settings: ExpertSettings) -> PeftModel
         ) from error
 
 
-class _Training(nn.Module):
+class LanguageModelTraining(nn.Module):
     """The language model and its loss, in the form that `Trainer` expects."""
 
     def __init__(self, model: PeftModel) -> None:
@@ -273,6 +284,11 @@ class EncodedTexts(Dataset):
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A right-padded batch: `input_ids`, `attention_mask` and `labels` `[B, T]` int64, −100 at padding in `labels`."""
+    """A right-padded batch: `input_ids`, `attention_mask` and `labels` `[B, T]` int64, −100 where nothing is predicted.
+
+    That is at padding, and among the first `given` tokens of an item.
+    """
     ids, mask = pad([item["input_ids"] for item in items])
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, _LEFT_OUT)}
+    given = torch.tensor([item.get("given", 0) for item in items])
+    counted = mask.bool() & (torch.arange(ids.shape[1]) >= given[:, None])
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(counted, ids, _LEFT_OUT)}
