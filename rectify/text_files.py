@@ -47,14 +47,19 @@ def read_texts(paths: Sequence[str | Path], text_columns: Sequence[str] = (TEXT_
 
 
 def read_labelled_texts(
-    paths: Sequence[str | Path], text_columns: Sequence[str], label_columns: Sequence[str]
+    paths: Sequence[str | Path],
+    text_columns: Sequence[str],
+    label_columns: Sequence[str],
+    label_values: Sequence[str] = ("",),
 ) -> list[LabelledText]:
     """The texts of CSV, TSV and JSON-lines files with their labels, in their order.
 
     Args:
         paths: as in `read_texts`; of JSON lines, objects alone have labels.
         text_columns: as in `read_texts`.
-        label_columns: where the label is, once for all files or once for each: 0, 1, true, false, or a number between.
+        label_columns: where the label is, once for all files or once for each; see `labelled_rows`.
+        label_values: what labels mean, once for all files or once for each; see `LabelValues`. Rows without a label
+            are left out.
 
     Raises:
         InvalidArgumentError: the columns are not as many as the files.
@@ -62,11 +67,78 @@ def read_labelled_texts(
     """
     texts = one_a_file("text_column", text_columns, len(paths))
     labels = one_a_file("label_column", label_columns, len(paths))
+    values = one_a_file("label_values", label_values, len(paths))
     return [
-        _labelled_text(row, text_column, label_column, place)
-        for path, text_column, label_column in zip(paths, texts, labels, strict=True)
-        for place, row in read_rows(Path(path))
+        LabelledText(text, label)
+        for path, *columns in zip(paths, texts, labels, values, strict=True)
+        for _, text, label in labelled_rows(path, *columns)
+        if label is not None
     ]
+
+
+def labelled_rows(
+    path: str | Path, text_column: str, label_column: str, label_values: str = ""
+) -> Iterator[tuple[str, str, float | None]]:
+    """The rows of a file: how to name the place of each, its text, and its label, `None` where it is to be left out.
+
+    Args:
+        path: as in `read_labelled_texts`.
+        text_column: where the text is.
+        label_column: where the label is; `"a+b+c"` for the mean of several annotators' columns, of which those with an
+            empty cell did not vote.
+        label_values: see `LabelValues`.
+
+    Raises:
+        InvalidArgumentError, TrajectoryError: as in `read_labelled_texts`.
+    """
+    values = LabelValues(label_values)
+    for place, row in read_rows(Path(path)):
+        yield place, *_labelled_text(row, text_column, label_column, values, place)
+
+
+class LabelValues:
+    """What the values of a label column mean.
+
+    Args:
+        mapping: `VALUE=LABEL` for each value, separated by commas, as `"hate=1,noHate=0"`; `VALUE=` leaves the rows
+            with it out. Empty for labels that are 0, 1, true, false, or a number between.
+
+    Raises:
+        InvalidArgumentError: it has another form.
+    """
+
+    def __init__(self, mapping: str = "") -> None:
+        self._mapping = mapping
+        self._labels: dict[str, float | None] = {}
+        for entry in mapping.split(",") if mapping.strip() else ():
+            value, sign, label = (part.strip() for part in entry.partition("="))
+            word = _word(value)
+            try:
+                number = float(label) if label else None
+            except ValueError:
+                number = float("nan")
+            if not sign or word in self._labels or not (number is None or 0 <= number <= 1):
+                raise InvalidArgumentError(
+                    f"label_values is {mapping!r}, and {entry.strip()!r} cannot be used: give each value once, as "
+                    "hate=1,noHate=0,unclear= with labels from 0 to 1, or none to leave rows out"
+                )
+            self._labels[word] = number
+
+    def __call__(self, value: Any, column: str, place: str) -> float | None:
+        """The label that a value stands for, or `None` where it is to be left out.
+
+        Raises:
+            TrajectoryError: it stands for none.
+        """
+        word = _word(value)
+        if not self._labels:
+            return _label(value, word, column, place)
+        if word not in self._labels:
+            raise TrajectoryError(
+                f"{place}: {column} is {value!r}, which label_values {self._mapping!r} does not name: add "
+                f"{word}=1, {word}=0 or, to leave such rows out, {word}="
+            )
+        return self._labels[word]
 
 
 def one_a_file(name: str, columns: Sequence[str], files: int) -> list[str]:
@@ -169,13 +241,21 @@ def _place(path: Path, number: int) -> str:
 # Rows to texts and labels
 
 
-def _labelled_text(row: Any, text_column: str, label_column: str, place: str) -> LabelledText:
+def _labelled_text(
+    row: Any, text_column: str, label_column: str, values: LabelValues, place: str
+) -> tuple[str, float | None]:
     if not isinstance(row, dict):
         raise TrajectoryError(
             f"{place}: no column {label_column!r} in a value of type {type(row).__name__}: "
             "give JSON objects, or a .csv or .tsv file"
         )
-    return LabelledText(_text(row, text_column, place), _label(row, label_column, place))
+    text = _text(row, text_column, place)
+    if label_column in row or "+" not in label_column:
+        return text, values(_cell(row, label_column, "label_column", place), label_column, place)
+    cells = [(name, _cell(row, name, "label_column", place)) for name in label_column.split("+")]
+    votes = [values(cell, name, place) for name, cell in cells if cell is not None and str(cell).strip()]
+    known = [vote for vote in votes if vote is not None]
+    return text, sum(known) / len(known) if known else None
 
 
 def _text(row: Any, column: str, place: str) -> str:
@@ -194,16 +274,24 @@ def _text(row: Any, column: str, place: str) -> str:
     return text
 
 
-def _label(row: dict[str, Any], column: str, place: str) -> float:
-    value = _cell(row, column, "label_column", place)
-    word = str(value).strip().lower()
+def _word(value: Any) -> str:
+    """A value of a label column, alike for what means the same, as 1, 1.0 and "1"."""
+    word = str(value).strip().casefold()
     try:
-        label = _WORDS[word] if word in _WORDS else float(word)
+        return f"{float(word):g}"
+    except ValueError:
+        return word
+
+
+def _label(value: Any, word: str, column: str, place: str) -> float:
+    try:
+        label = _WORDS[word] if word in _WORDS else float(str(value))
     except ValueError:
         label = float("nan")
     if not 0 <= label <= 1:
         raise TrajectoryError(
-            f"{place}: {column} is {value!r}: give 0, 1, true, false or a number between, or another label_column"
+            f"{place}: {column} is {value!r}: give 0, 1, true, false or a number between, another label_column, or "
+            "label_values"
         )
     return label
 

@@ -70,11 +70,13 @@ def test_summary():
         ([0.5], [0, 1], "probability has shape"),
         ([1.5], [0], "probability holds 1.5"),
         ([math.nan], [0], "probability holds nan"),
-        ([0.5], [0.5], "label holds 0.5"),
+        ([0.5], [1.5], "label holds 1.5"),
     ],
 )
 def test_unusable_predictions_are_refused(probability, label, message):
     with pytest.raises(InvalidArgumentError, match=message):
         expected_calibration_error(np.array(probability), np.array(label))
+    with pytest.raises(InvalidArgumentError, match=r"label holds 0.5: give 0 and 1"):
+        calibration(np.array([0.5, 0.5]), np.array([0.5, 1]))
     with pytest.raises(InvalidArgumentError, match="bins is 0"):
         reliability(np.array([0.5]), np.array([1]), 0)

@@ -16,7 +16,8 @@ from rectify import CheckpointError, InvalidArgumentError
 from rectify.cli import main
 from rectify.detectors import DetectorConfig, ToxicityClassifier
 from rectify.errors import RectifyError
-from rectify.training.detector import DetectorSettings, train_detector, validation_figures
+from rectify.training.detector import DetectorSettings, train_detector
+from rectify.training.detector_figures import validation_figures
 from rectify.training.length_groups import LengthGroups
 
 KINDS = ["gpt2", "llama", "encoder"]
@@ -273,9 +274,11 @@ def test_batches_are_of_nearly_equal_length():
 def test_figures():
     figures = validation_figures(np.array([0.9, 0.4, 0.6, 0.1]), np.array([1, 1, 0, 0]))
     expected = {"n": 4, "toxic_share": 0.5, "auc": 0.75, "average_precision": 5 / 6, "accuracy": 0.5, "f1": 0.5}
-    assert figures == pytest.approx(expected | {"brier": (0.01 + 0.36 + 0.36 + 0.01) / 4, "brier_constant": 0.25})
+    expected |= {"f1_macro": 0.5, "brier": (0.01 + 0.36 + 0.36 + 0.01) / 4, "brier_constant": 0.25}
+    assert figures == pytest.approx(expected | {"ece": (0.1 + 0.6 + 0.6 + 0.1) / 4})
     alike = validation_figures(np.array([0.2, 0.3]), np.array([0.0, 0.4]))
-    assert "auc" not in alike
+    assert not alike.keys() & {"auc", "average_precision", "f1_macro"}
+    assert alike["ece"] == pytest.approx((0.2 + 0.1) / 2)
     assert alike["accuracy"] == 1
     assert alike["brier"] == pytest.approx((0.04 + 0.01) / 2)
 

@@ -221,7 +221,9 @@ class ToxicityClassifier(nn.Module):
             # peft would leave what is missing at its random start, with no more than a warning
             differing = set(weights) ^ set(_weights(model))
             if differing:
-                raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}: is it complete?")
+                raise CheckpointError(
+                    f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}: is it complete?"
+                )
             set_peft_model_state_dict(model, weights)
             if config.quantization == "none":
                 model.merge_adapter()  # folded into 4 bits, it would be rounded to them

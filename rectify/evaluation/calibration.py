@@ -40,13 +40,14 @@ def reliability(
 
     Args:
         probability: `[N]` predictions in [0, 1].
-        label: `[N]` of 0 and 1.
+        label: `[N]` in [0, 1], soft or hard.
         bins: how many; bin `i` holds probabilities from `i/bins` up to, not including, `(i + 1)/bins`, and the last
             one holds 1 too.
 
     Returns:
         `(mean_predicted, observed, count)`, each `[bins]`, float64, float64 and int64: the mean probability and the
-        share of positive labels of each bin, NaN where it is empty, and its size.
+        mean label
+        of each bin, NaN where it is empty, and its size.
 
     Raises:
         InvalidArgumentError: nothing is given, the shapes differ, a probability or a label is out of range, or `bins`
@@ -76,11 +77,16 @@ def expected_calibration_error(probability: np.ndarray, label: np.ndarray, bins:
 
 
 def calibration(probability: np.ndarray, label: np.ndarray, bins: int = 10) -> Calibration:
-    """AUC, Brier scores and calibration error of predictions; arguments and errors as in `reliability`."""
+    """AUC, Brier scores and calibration error of predictions.
+
+    Arguments and errors as in `reliability`, but labels are 0 and 1.
+    """
     from sklearn.metrics import brier_score_loss, roc_auc_score
 
     ece = expected_calibration_error(probability, label, bins)
     probability, label = _checked(probability, label)
+    if not np.isin(label, (0, 1)).all():
+        raise InvalidArgumentError(f"label holds {label[~np.isin(label, (0, 1))][0]}: give 0 and 1")
     rate = float(label.mean())
     return Calibration(
         count=len(label),
@@ -98,9 +104,8 @@ def _checked(probability: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np
         raise InvalidArgumentError(
             f"probability has shape {probability.shape}, label {label.shape}: give two lists of one length, 1 or more"
         )
-    if not ((probability >= 0) & (probability <= 1)).all():
-        worst = probability[~((probability >= 0) & (probability <= 1))][0]
-        raise InvalidArgumentError(f"probability holds {worst}: give numbers from 0 to 1")
-    if not np.isin(label, (0, 1)).all():
-        raise InvalidArgumentError(f"label holds {label[~np.isin(label, (0, 1))][0]}: give 0 and 1")
+    for name, values in (("probability", probability), ("label", label)):
+        outside = values[~((values >= 0) & (values <= 1))]
+        if outside.size:
+            raise InvalidArgumentError(f"{name} holds {outside[0]}: give numbers from 0 to 1")
     return probability, label

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,16 +22,19 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy
 
-from rectify.detectors.classifier import ToxicityClassifier, pad
+from rectify.detectors.backbone import Quantization
+from rectify.detectors.classifier import DetectorConfig, Form, ToxicityClassifier, pad
 from rectify.errors import InvalidArgumentError, RectifyError
 from rectify.generation.output import sha256_of, write_json
+from rectify.training.detector_figures import label_figures, scikit_learn
 from rectify.training.running import checkpoint_to_resume
-from rectify.training.score_calibration import calibration_curve
+from rectify.training.score_calibration import calibration_curve, calibration_temperature
 from rectify.training.trainer import AdapterTrainer, use_fast_attention
 
 RESULTS_FILE = "all_results.json"
 
-Row = tuple[str, float] | tuple[str, Sequence[float]]
+Label = float | Sequence[float]
+Row = tuple[str, Label] | tuple[str, Label, str]
 
 
 @dataclass
@@ -40,6 +43,13 @@ class DetectorSettings:
 
     model_name_or_path: str = field(metadata={"help": "backbone: folder, Hub id, or pocket"})
     model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub id"})
+    form: Form = field(
+        default="sequence",
+        metadata={"help": "prefix: foretell the finished text's label at each token, on a causal backbone"},
+    )
+    quantization: Quantization = field(
+        default="none", metadata={"help": "nf4: the backbone in 4 bits (QLoRA); needs bitsandbytes, the extra [quant]"}
+    )
     max_length: int = field(default=256, metadata={"help": "tokens of a text that are read, from its start"})
     lora_r: int = field(default=8, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=16, metadata={"help": "the adapter is scaled by lora_alpha / lora_r"})
@@ -50,8 +60,15 @@ class DetectorSettings:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "stop after so many evaluations without a better one, and keep the best"}
     )
-    calibration: Literal["none", "curve"] = field(
-        default="none", metadata={"help": "curve: bring the probabilities to the scale of the validation labels"}
+    class_weights: Literal["none", "balanced"] = field(
+        default="none", metadata={"help": "balanced: toxic and clean texts count alike in the loss, however many"}
+    )
+    calibration: Literal["none", "curve", "temperature"] = field(
+        default="none",
+        metadata={
+            "help": "bring the probabilities to the scale of the validation labels by a curve, or by a temperature, "
+            "which keeps what is above 0.5 there"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -69,14 +86,15 @@ def train_detector(
 ) -> ToxicityClassifier:
     """Train a classifier and save it in `arguments.output_dir`; killed, the same call goes on from its checkpoint.
 
-    Texts without a token are left out. The folder also gets `all_results.json`, and `training` of the classifier's
-    configuration what it was trained on and `validation_figures`, those before calibration.
+    Texts without a token are left out. The folder also gets `all_results.json`, with the log of the training, and
+    `training` of the classifier's configuration what it was trained on, and its figures on the validation texts:
+    `validation`, those of `detector_figures` before calibration, `calibrated`, after it, and both for each source.
 
     Args:
         settings: what is trained.
         arguments: how, for `transformers.Trainer`; `train_sampling_strategy` may be `"group_by_length"`.
-        train, validation: texts, and their labels from 0 (clean) to 1 (toxic): a number, or one for each of `labels`,
-            NaN where it is not known.
+        train, validation: texts, their labels from 0 (clean) to 1 (toxic), a number, or one for each of `labels`,
+            NaN where it is not known, and, if it is to be told, the source of each.
         callbacks: of the Trainer.
         labels: what the classifier's logits stand for.
 
@@ -84,16 +102,18 @@ def train_detector(
         The classifier, in evaluation mode, on the device that it was trained on.
 
     Raises:
-        InvalidArgumentError: there is no text, a setting is out of range, or the folder holds another training.
+        InvalidArgumentError: there is no text, or but one class, a setting is out of range, or the folder holds
+            another training.
         CheckpointError: nothing usable is at `model_name_or_path`.
-        RectifyError: scikit-learn is not installed.
+        RectifyError: scikit-learn is not installed, or no gradient reaches the adapter.
     """
-    _scikit_learn()  # missing, it is to be missed now and not after the training
+    scikit_learn()  # missing, it is to be missed now and not after the training
     rows = [
-        [(text, np.atleast_1d(label).astype(float).tolist()) for text, label in part] for part in (train, validation)
+        [(text, np.atleast_1d(label).astype(float).tolist(), *source) for text, label, *source in part]
+        for part in (train, validation)
     ]
     digest = sha256_of(rows)
-    callbacks = [*callbacks, *_early_stopping(settings, arguments)]
+    callbacks = [*callbacks, *_early_stopping(settings, arguments), _GradientCheck()]
     checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **asdict(settings), texts_sha256=digest)
     set_seed(arguments.seed)
     targets = settings.target_modules
@@ -101,6 +121,8 @@ def train_detector(
         settings.model_name_or_path,
         revision=settings.model_revision,
         labels=labels,
+        form=settings.form,
+        quantization=settings.quantization,
         max_length=settings.max_length,
         lora_r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
@@ -111,9 +133,11 @@ def train_detector(
     data, held = (
         EncodedTexts(classifier, part, name) for part, name in zip(rows, ("train", "validation"), strict=True)
     )
+    data.check_classes(labels)
     held.items.sort(key=lambda item: -len(item["input_ids"]))  # batches of nearly equal length
+    weights = balanced_weights(data.labels) if settings.class_weights == "balanced" else None
     trainer = AdapterTrainer(
-        model=_Training(classifier),
+        model=_Training(classifier, weights),
         args=arguments,
         train_dataset=data,
         eval_dataset=held,
@@ -124,10 +148,14 @@ def train_detector(
     results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     predicted = trainer.predict(cast(Any, held), metric_key_prefix="eval")
     results |= predicted.metrics or {}
-    names = [_figure(labels, label, name) for label in labels for name in FIGURES]
-    figures = {name: results[f"eval_{name}"] for name in names if f"eval_{name}" in results}
+    logits = torch.as_tensor(np.asarray(predicted.predictions))
+    if settings.calibration != "none":
+        classifier.config.calibration = _calibration(settings.calibration, labels, logits, held.labels)
+    figures = _figures(classifier.config, logits, held)
+    for source in figures["sources"]:
+        figures["sources"][source]["texts"] = data.sources.count(source)
     classifier.config.training = {
-        **{name: value for name, value in asdict(settings).items() if name.startswith(("lora", "target"))},
+        **{name: value for name, value in asdict(settings).items() if name.startswith(("lora", "target", "class"))},
         "texts": len(data),
         "texts_sha256": digest,
         "epochs": trainer.state.epoch,
@@ -135,10 +163,10 @@ def train_detector(
         "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
-        "validation": figures,
+        **figures,
     }
-    if settings.calibration == "curve":
-        classifier.config.calibration = _curves(labels, predicted)
+    results |= {name: figures[name] for name in ("calibrated", "sources") if name in figures}
+    results["history"] = trainer.state.log_history
     if trainer.is_world_process_zero():
         folder = Path(str(arguments.output_dir))
         classifier.save_pretrained(folder)
@@ -147,75 +175,41 @@ def train_detector(
     return classifier.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures
-
-FIGURES = ("n", "toxic_share", "auc", "average_precision", "accuracy", "f1", "brier", "brier_constant", "pearson")
-
-
-def validation_figures(probability: np.ndarray, label: np.ndarray) -> dict[str, float]:
-    """How good probabilities are.
-
-    Args:
-        probability: `[N]` in [0, 1].
-        label: `[N]` in [0, 1]; from 0.5 on, a text counts as toxic.
-
-    Returns:
-        `n`, `toxic_share`, `auc` and `average_precision` (left out where all texts count alike), `accuracy` and `f1`
-        at 0.5, `brier` against the labels as they are, `brier_constant`, that of their mean, and, where labels are
-        soft, their correlation `pearson`.
-    """
-    metrics = _scikit_learn()
-    probability, label = probability.astype(np.float64), label.astype(np.float64)
-    toxic, said = label >= 0.5, probability >= 0.5
-    figures: dict[str, float] = {"n": len(label), "toxic_share": float(toxic.mean())}
-    if toxic.any() and not toxic.all():
-        figures["auc"] = float(metrics.roc_auc_score(toxic, probability))
-        figures["average_precision"] = float(metrics.average_precision_score(toxic, probability))
-    figures["accuracy"] = float((toxic == said).mean())
-    figures["f1"] = float(metrics.f1_score(toxic, said, zero_division=0.0))
-    figures["brier"] = float(np.mean((probability - label) ** 2))
-    figures["brier_constant"] = float(np.var(label))
-    if ((label > 0) & (label < 1)).any() and np.std(label) > 0 and np.std(probability) > 0:
-        figures["pearson"] = float(np.corrcoef(probability, label)[0, 1])
-    return figures
-
-
-def _figure(labels: Sequence[str], label: str, name: str) -> str:
-    """What a figure is called; those of several labels begin with the label."""
-    return name if len(labels) == 1 else f"{label}/{name}"
-
-
 def _compute_metrics(labels: Sequence[str], prediction: EvalPrediction) -> dict[str, float]:
-    """`validation_figures` of each label, in the form that `transformers.Trainer` calls."""
-    figures: dict[str, float] = {}
-    for label, probability, truth in _known(labels, prediction):
-        found = validation_figures(probability, truth)
-        figures |= {_figure(labels, label, name): value for name, value in found.items()}
-    return figures
+    """`label_figures` in the form that `transformers.Trainer` calls."""
+    logits = torch.as_tensor(np.asarray(prediction.predictions))
+    return label_figures(labels, logits.sigmoid().numpy(), np.asarray(prediction.label_ids))
 
 
-def _curves(labels: Sequence[str], prediction: Any) -> dict[str, list[list[float]]]:
-    """The calibration of each label that has been seen."""
-    return {label: calibration_curve(probability, truth) for label, probability, truth in _known(labels, prediction)}
-
-
-def _known(labels: Sequence[str], prediction: Any) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Each label, with the probabilities and labels of the texts for which it is known, if there are any."""
-    probabilities = torch.as_tensor(np.asarray(prediction.predictions)).double().sigmoid().numpy()
-    truth = np.asarray(prediction.label_ids)
+def _calibration(
+    kind: str, labels: Sequence[str], logits: Tensor, truth: np.ndarray
+) -> dict[str, float | list[list[float]]]:
+    """The calibration of each label that has been seen, from `[N, L]` logits and labels."""
+    found: dict[str, float | list[list[float]]] = {}
     for place, label in enumerate(labels):
         known = ~np.isnan(truth[:, place])
-        if known.any():
-            yield label, probabilities[known, place], truth[known, place]
+        if not known.any():
+            continue
+        column, wanted = logits[known, place].double(), truth[known, place]
+        if kind == "curve":
+            found[label] = calibration_curve(column.sigmoid().numpy(), wanted)
+        else:
+            found[label] = calibration_temperature(column.numpy(), wanted)
+    return found
 
 
-def _scikit_learn() -> Any:
-    try:
-        from sklearn import metrics
-    except ImportError as error:
-        raise RectifyError("scikit-learn is not installed: pip install 'rectify[train]'") from error
-    return metrics
+def _figures(config: DetectorConfig, logits: Tensor, held: EncodedTexts) -> dict[str, Any]:
+    """The figures of all texts and of those of each source, with `calibrated` ones where there is a calibration."""
+    values = {"validation": replace(config, calibration={}).probabilities(logits).numpy()}
+    if config.calibration:
+        values["calibrated"] = config.probabilities(logits).numpy()
+
+    def of(chosen: np.ndarray) -> dict[str, Any]:
+        return {name: label_figures(config.labels, some[chosen], held.labels[chosen]) for name, some in values.items()}
+
+    sources = np.array(held.sources)
+    by_source = {source: of(sources == source) for source in sorted(set(held.sources) - {""})}
+    return {**of(np.ones(len(sources), dtype=bool)), "sources": by_source}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,23 +217,30 @@ def _scikit_learn() -> Any:
 
 
 class EncodedTexts(Dataset):
-    """Token ids and labels; texts without a token are left out.
+    """Token ids, labels and sources, in `items`; texts without a token are left out.
+
+    Args:
+        classifier: that encodes them.
+        rows: texts, the labels of each, and, if it is to be told, its source.
+        name: what messages call them.
 
     Raises:
         InvalidArgumentError: a label is out of range, or no text is left.
     """
 
-    def __init__(self, classifier: ToxicityClassifier, rows: Sequence[tuple[str, list[float]]], name: str) -> None:
+    def __init__(self, classifier: ToxicityClassifier, rows: Sequence[tuple[Any, ...]], name: str) -> None:
         width = len(classifier.config.labels)
-        for index, (_, labels) in enumerate(rows):
+        for index, (_, labels, *_) in enumerate(rows):
             if len(labels) != width:
                 raise InvalidArgumentError(f"{name}[{index}] has {len(labels)} labels: give {width}")
             for label in labels:
                 if not (0 <= label <= 1 or (label != label and width > 1)):
                     raise InvalidArgumentError(f"{name}[{index}] has the label {label}: give a number from 0 to 1")
-        encoded = classifier.encode([text for text, _ in rows])
+        encoded = classifier.encode([row[0] for row in rows])
         self.items: list[dict[str, Any]] = [
-            {"input_ids": ids, "labels": labels} for ids, (_, labels) in zip(encoded, rows, strict=True) if ids
+            {"input_ids": ids, "labels": labels, "source": source[0] if source else ""}
+            for ids, (_, labels, *source) in zip(encoded, rows, strict=True)
+            if ids
         ]
         if not self.items:
             raise InvalidArgumentError(f"{name} has {len(rows)} texts, none with a token: give at least one that has")
@@ -250,6 +251,30 @@ class EncodedTexts(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.items[index]
 
+    @property
+    def labels(self) -> np.ndarray:
+        """`[N, L]` float64, NaN where a label is not known."""
+        return np.array([item["labels"] for item in self.items], dtype=np.float64)
+
+    @property
+    def sources(self) -> list[str]:
+        """Of each text, empty where it was not told."""
+        return [item["source"] for item in self.items]
+
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Refuse labels that teach nothing.
+
+        Raises:
+            InvalidArgumentError: all texts have the same one.
+        """
+        for name, column in zip(names, self.labels.T, strict=True):
+            known = column[~np.isnan(column)]
+            if len(known) and (known == known[0]).all():
+                raise InvalidArgumentError(
+                    f"all {len(known)} training texts have the label {known[0]:g} of {name!r}: give files with others "
+                    "too, or see whether label_column and label_values name the right ones"
+                )
+
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """A right-padded batch: `input_ids` and `attention_mask` `[B, T]` int64, `labels` `[B, L]` float32."""
@@ -257,23 +282,106 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([item["labels"] for item in items])}
 
 
-def soft_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of `[B, L]` float32 logits with labels in [0, 1], averaged over those that are known (not NaN)."""
+def balanced_weights(labels: np.ndarray) -> Tensor:
+    """`[2, L]` float32: the weights of clean and of toxic by which both count alike in the loss, and 1 on average.
+
+    For hard labels those of scikit-learn's `compute_class_weight("balanced")`; of soft ones, each counts in part.
+
+    Args:
+        labels: `[N, L]` in [0, 1], NaN where one is not known.
+    """
+    known = np.count_nonzero(~np.isnan(labels), axis=0)
+    toxic = np.nansum(labels, axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weights = known / (2 * np.stack((known - toxic, toxic)))
+    return torch.tensor(np.where(np.isfinite(weights), weights, 1.0), dtype=torch.float32)
+
+
+def soft_label_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy of logits with soft labels, averaged over those that are known.
+
+    Args:
+        logits: `[B, L]` float32.
+        labels: `[B, L]` in [0, 1], NaN where one is not known.
+        class_weights: `[2, L]`, of clean and of toxic.
+    """
     known = ~labels.isnan()
-    loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.where(known, 0), reduction="none")
+    loss = _cross_entropy(logits, labels.where(known, 0), class_weights)
     return loss.where(known, 0).sum() / known.sum().clamp_min(1)
+
+
+def prefix_loss(logits: Tensor, attention_mask: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """`soft_label_loss` of all prefixes, where that of `t` tokens of a text of `T` has the weight `t / (1 + … + T)`.
+
+    Each text counts alike, and the more of it is read, the more it is to be told. Source: the weights of the cumulative
+    loss of Deng and Raffel, RAD, EMNLP 2023 (arXiv 2310.09520), with the cross-entropy for their squared error.
+
+    Args:
+        logits: `[B, T, L]` float32, see `ToxicityClassifier.position_logits`.
+        attention_mask: `[B, T]`, 0 at padding.
+        labels, class_weights: as in `soft_label_loss`.
+    """
+    known = ~labels.isnan()
+    shares = attention_mask * attention_mask.cumsum(-1)
+    shares = shares / shares.sum(-1, keepdim=True)
+    loss = _cross_entropy(logits, labels.where(known, 0)[:, None].expand_as(logits), class_weights)
+    loss = (loss * shares[..., None]).sum(1)
+    return loss.where(known, 0).sum() / known.sum().clamp_min(1)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> Tensor:
+    if class_weights is None:
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    clean, toxic = class_weights
+    return nn.functional.binary_cross_entropy_with_logits(
+        logits, labels, weight=clean, pos_weight=toxic / clean, reduction="none"
+    )
 
 
 class _Training(nn.Module):
     """The classifier and its loss, in the form that `Trainer` expects."""
 
-    def __init__(self, classifier: ToxicityClassifier) -> None:
+    class_weights: Tensor | None
+
+    def __init__(self, classifier: ToxicityClassifier, class_weights: Tensor | None) -> None:
         super().__init__()
         self.classifier = classifier
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """Called by the Trainer for `--gradient_checkpointing`."""
+        backbone = cast(PreTrainedModel, self.classifier.model.get_base_model())
+        backbone.gradient_checkpointing_enable(**settings)
+        backbone.enable_input_require_grads()  # the backbone is frozen, and nothing before it has a gradient
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.classifier(input_ids, attention_mask)
-        return {"loss": soft_label_loss(logits, labels), "logits": logits}
+        if self.classifier.config.form == "sequence":
+            logits = self.classifier(input_ids, attention_mask)
+            return {"loss": soft_label_loss(logits, labels, self.class_weights), "logits": logits}
+        logits = self.classifier.position_logits(input_ids, attention_mask)
+        last = attention_mask.sum(-1) - 1  # `collate` pads on the right
+        loss = prefix_loss(logits, attention_mask, labels, self.class_weights)
+        return {"loss": loss, "logits": logits[torch.arange(len(last), device=last.device), last]}
+
+
+class _GradientCheck(TrainerCallback):
+    """Refuses a training whose first step leaves the adapter as it is."""
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any
+    ) -> None:
+        if self._done or model is None:
+            return
+        self._done = True
+        gradients = [weight.grad for name, weight in model.named_parameters() if "lora_" in name]
+        if all(gradient is not None and not gradient.any() for gradient in gradients):
+            raise RectifyError(
+                "no gradient reaches the adapter: was a 4-bit backbone evaluated before? Load it anew, or give "
+                "quantization none"
+            )
 
 
 def _early_stopping(settings: DetectorSettings, arguments: TrainingArguments) -> list[TrainerCallback]:

@@ -35,13 +35,10 @@ def run(arguments: tuple[ExpertSettings, DetectorFiles, TrainingArguments]) -> N
         RectifyError: something that was given cannot be used.
     """
     settings, files, training = arguments
-    train, held, blank = files.read()
+    train, held, left_out = files.read()
     toxic = sum(row.label >= TOXIC for row in train)
-    say(
-        f"texts: {len(train)} for training, {toxic} of them toxic, {len(held)} for validation, "
-        f"{blank} blank ones left out"
-    )
-    config = train_experts(settings, training, train, held)
+    say(f"texts: {len(train)} for training, {toxic} of them toxic, {len(held)} for validation, {left_out}")
+    config = train_experts(settings, training, *([row[:2] for row in rows] for rows in (train, held)))
     for side in (EXPERT, ANTI_EXPERT):
         figures = config.training[side]
         say(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rectify.evaluation.calibration import reliability
 from rectify.evaluation.plotting import can_plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +30,13 @@ def plot_training(history: Sequence[dict[str, Any]], risks: np.ndarray, toxic: n
     Returns:
         Whether it was drawn; not without matplotlib.
     """
-    if not can_plot():
-        logger.info("no curves are drawn without matplotlib: pip install 'rectify[plots]'")
+    if not _can_plot():
         return False
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     curves, calibration = figure.subplots(1, 2)
-    for name, label in (("loss", "training"), ("eval_loss", "validation")):
-        points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        curves.plot(*zip(*points, strict=True) if points else ((), ()), marker=".", label=label)
-    curves.set(xlabel="step", ylabel="TD loss")
-    curves.legend()
+    _plot_loss(curves, history, "TD loss")
     counted = ~np.isnan(risks)
     labels = np.broadcast_to(~toxic[:, None], risks.shape)[counted]
     predicted, observed, count = reliability(1 - risks[counted], labels, 10)
@@ -48,3 +46,48 @@ def plot_training(history: Sequence[dict[str, Any]], risks: np.ndarray, toxic: n
     calibration.set(xlabel="survival probability 1 + Q", ylabel="share that survived", xlim=(0, 1), ylim=(0, 1))
     figure.savefig(path, dpi=120)
     return True
+
+
+def plot_detector(history: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Draw the loss curves of a classifier, and how its AUC on the validation texts went.
+
+    Args:
+        history: the Trainer's log, `history` in `all_results.json`.
+        path: PNG to be written.
+
+    Returns:
+        Whether it was drawn; not without matplotlib.
+    """
+    if not _can_plot():
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    curves, areas = figure.subplots(1, 2)
+    _plot_loss(curves, history, "cross-entropy")
+    for name in dict.fromkeys(name for entry in history for name in entry if name.endswith("auc")):
+        label = name.removeprefix("eval_").rpartition("/")[0]
+        _plot_figure(areas, history, name, label or "all texts")
+    areas.set(xlabel="step", ylabel="AUC, validation")
+    if areas.lines:
+        areas.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _can_plot() -> bool:
+    if not can_plot():
+        logger.info("no curves are drawn without matplotlib: pip install 'rectify[plots]'")
+    return can_plot()
+
+
+def _plot_loss(axes: Axes, history: Sequence[dict[str, Any]], what: str) -> None:
+    for name, label in (("loss", "training"), ("eval_loss", "validation")):
+        _plot_figure(axes, history, name, label)
+    axes.set(xlabel="step", ylabel=what)
+    axes.legend()
+
+
+def _plot_figure(axes: Axes, history: Sequence[dict[str, Any]], name: str, label: str) -> None:
+    points = [(entry["step"], entry[name]) for entry in history if name in entry]
+    axes.plot(*zip(*points, strict=True) if points else ((), ()), marker=".", label=label)

@@ -15,7 +15,7 @@ from rectify.scoring.scores import ATTRIBUTES
 from rectify.splits import split_by_hash
 from rectify.text_files import TEXT_COLUMN, one_a_file
 from rectify.training.detector import DetectorSettings, train_detector
-from rectify.training.detector_command import DEFAULTS
+from rectify.training.detector_command import DEFAULTS, draw_training
 
 
 @dataclass
@@ -124,6 +124,8 @@ def run(arguments: tuple[DetectorSettings, ScorerFiles, TrainingArguments]) -> N
     for name in ("pearson", "auc"):
         found = {key.rpartition("/")[0] or attributes[0]: value for key, value in figures.items() if key.endswith(name)}
         say(f"validation {name}: " + ", ".join(f"{attribute} {value:.4f}" for attribute, value in found.items()))
+    if curves := draw_training(training):
+        say(f"curves: {curves}")
     say(f"scorer: saved in {training.output_dir}; use it as --scorer detector:{training.output_dir}")
 
 
