@@ -70,6 +70,11 @@ class InstructionConfig:
         """The template's labels."""
         return list(self.template.labels)
 
+    def save_pretrained(self, folder: str | Path, model: PeftModel) -> None:
+        """Write it and a model's adapter to a folder; the language model that is adapted stays where it is."""
+        save_adapter(model, Path(folder), self.base_model)
+        write_json(Path(folder) / CONFIG_FILE, asdict(self))
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -129,7 +134,7 @@ class InstructionDetector:
         """Load a detector in evaluation mode.
 
         Args:
-            name: a folder written by `save_pretrained`, or a Hub id.
+            name: a folder written by `InstructionConfig.save_pretrained`, or a Hub id.
             revision: of a Hub id.
             device, dtype: where the weights are, and what of.
 
@@ -145,17 +150,6 @@ class InstructionDetector:
             raise CheckpointError(f"{str(folder / CONFIG_FILE)!r} cannot be used ({first_line(error)})") from error
         model, tokenizer = load_adapted(folder, config.base_model, config.base_revision, dtype)
         return cls(config, model.requires_grad_(False).to(device).eval(), tokenizer)  # type: ignore[arg-type]
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write configuration and adapter to a folder; the language model that is adapted stays where it is.
-
-        Raises:
-            InvalidArgumentError: the adapter has been folded into the model.
-        """
-        if not isinstance(self.model, PeftModel):
-            raise InvalidArgumentError("model holds no adapter of its own any more: copy the folder that it came from")
-        save_adapter(self.model, Path(folder), self.config.base_model)
-        write_json(Path(folder) / CONFIG_FILE, asdict(self.config))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Prompts and token ids
@@ -241,13 +235,20 @@ class InstructionDetector:
         Raises:
             InvalidArgumentError: `batch_size` is below 1, or prompts do not fit the model's context.
         """
+        prompts = [self.prompt(text) if text.strip() else None for text in texts]
+        return self.prompt_probabilities(prompts, batch_size, progress)
+
+    def prompt_probabilities(
+        self, prompts: Sequence[str | None], batch_size: int = 32, progress: bool = False
+    ) -> np.ndarray:
+        """`label_probabilities` after prompts as the model reads them; NaN where there is `None`."""
         if self.config.template.before:
-            found = self.answers(texts, batch_size=batch_size, progress=progress)
-            return np.array([answer.probabilities for answer in found]).reshape(len(texts), -1)
+            found = self.answer_prompts(prompts, batch_size=batch_size, progress=progress)
+            return np.array([answer.probabilities for answer in found]).reshape(len(prompts), -1)
         heads, choices = self._choices("", self.config.template.lead)
-        usable = [place for place, text in enumerate(texts) if text.strip()]
-        rows = [[*self.encode_prompt(self.prompt(texts[place])), *heads] for place in usable]
-        result = np.full((len(texts), len(self.config.labels)), np.nan)
+        asked = {place: prompt for place, prompt in enumerate(prompts) if prompt is not None}
+        usable, rows = list(asked), [[*self.encode_prompt(prompt), *heads] for prompt in asked.values()]
+        result = np.full((len(prompts), len(self.config.labels)), np.nan)
         result[usable] = self._probabilities(rows, [choices] * len(rows), batch_size, progress)
         return result
 
@@ -284,16 +285,20 @@ class InstructionDetector:
         longest = max(map(len, prefixes), default=0)
         if context is not None and longest + more > context:
             raise InvalidArgumentError(
-                f"max_length is {self.config.max_length}: with question and answer a text makes {longest + more} tokens, "
-                f"above the {context} of {self.config.base_model!r}: give a lower one"
+                f"max_length is {self.config.max_length}: question, text and answer make {longest + more} tokens, "
+                f"{self.config.base_model!r} reads {context}: give a lower one"
             )
 
     # -----------------------------------------------------------------------------------------------------------------
     # Answers
 
-    def answers(
+    def answers(self, texts: Sequence[str], **how: Any) -> list[Answer]:
+        """Have answers to texts written, as `answer_prompts` does; blank texts are not asked about, and unparsed."""
+        return self.answer_prompts([self.prompt(text) if text.strip() else None for text in texts], **how)
+
+    def answer_prompts(
         self,
-        texts: Sequence[str],
+        prompts: Sequence[str | None],
         *,
         sampling: Sampling = GREEDY,
         max_new_tokens: int = 200,
@@ -304,11 +309,11 @@ class InstructionDetector:
         """Have answers written, parsed, and weighed where they have their label.
 
         Args:
-            texts: them.
+            prompts: as the model reads them; no answer is written where there is `None`.
             sampling: how tokens are chosen; each the likeliest by default.
             max_new_tokens: of an answer.
-            seed: of sampling; a text's answer does not depend on the others.
-            batch_size: texts at a time, of nearly equal length.
+            seed: of sampling; an answer does not depend on the other prompts.
+            batch_size: prompts at a time, of nearly equal length.
             progress: show a progress bar.
 
         Raises:
@@ -317,26 +322,20 @@ class InstructionDetector:
         if batch_size < 1 or max_new_tokens < 1:
             raise InvalidArgumentError(f"batch_size is {batch_size}, max_new_tokens {max_new_tokens}: give 1 or more")
         generator = Generator(self.model, self.tokenizer, sampling, max_new_tokens, seed=seed)
-        prompts = [Prompt(self.prompt(text)) for text in texts]
-        self._check_room([self.encode_prompt(prompt.text) for prompt in prompts], max_new_tokens)
-        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
-        found: list[Answer] = [self._unanswered(Continuation("", ()))] * len(texts)
-        order = [place for place in order if texts[place].strip()]
+        asked = {place: prompt for place, prompt in enumerate(prompts) if prompt is not None}
+        self._check_room([self.encode_prompt(prompt) for prompt in asked.values()], max_new_tokens)
+        unknown = np.full(len(self.config.labels), np.nan)
+        found = [Answer("", self.config.template.parse(""), unknown)] * len(prompts)
+        order = sorted(asked, key=lambda place: -len(asked[place]))
         with tqdm(total=len(order), unit="text", disable=not progress) as bar:
             for start in range(0, len(order), batch_size):
                 places = order[start : start + batch_size]
-                written = generator.continue_batch([prompts[place] for place in places])
-                weighed = self._weigh(
-                    [prompts[place].text for place in places], [row[0] for row in written], batch_size
-                )
+                written = generator.continue_batch([Prompt(asked[place]) for place in places])
+                weighed = self._weigh([asked[place] for place in places], [row[0] for row in written], batch_size)
                 for place, answer in zip(places, weighed, strict=True):
                     found[place] = answer
                 bar.update(len(places))
         return found
-
-    def _unanswered(self, continuation: Continuation) -> Answer:
-        parsed = self.config.template.parse(continuation.text)
-        return Answer(continuation.text, parsed, np.full(len(self.config.labels), np.nan))
 
     def _weigh(self, prompts: list[str], written: list[Continuation], batch_size: int) -> list[Answer]:
         """Parse answers, and ask the model for the probabilities of the labels where each answer has its own."""

@@ -168,7 +168,7 @@ class Template:
 TEMPLATES = {
     "toxic": Template(
         prompt="Is the following text toxic: rude, disrespectful, hateful, threatening, or an attack on somebody?\n\n"
-        f"Text: {TEXT}\n\nAnswer: ",
+        f"Text: {TEXT}\n\nAnswer:\n",
         lead="Label: ",
         labels=("non-toxic", "toxic"),
         toxic=("toxic",),
@@ -183,7 +183,7 @@ TEMPLATES = {
         "(2) Affected Groups: whom it is about\n"
         "(3) Harmful Words: those of its words that do harm\n"
         "(4) Reason for Harm: what makes them harmful\n\n"
-        "### Assistant: ",
+        "### Assistant:\n",
         lead="Classification: ",
         labels=("neutral", "offensive", "hate"),
         toxic=("offensive", "hate"),
@@ -195,7 +195,7 @@ TEMPLATES = {
         ),
     ),
     "chinese": Template(
-        prompt=f"请判断下面的文本是否含有不良内容，例如粗俗的言语、对个人或群体的歧视。\n\n文本：{TEXT}\n\n回答：",
+        prompt=f"请判断下面的文本是否含有不良内容，例如粗俗的言语、对个人或群体的歧视。\n\n文本：{TEXT}\n\n回答：\n",
         lead="不良内容：",
         labels=("否", "是"),
         toxic=("是",),

@@ -35,7 +35,8 @@ RESULTS_FILE = "all_results.json"
 TOXIC = 0.5
 """Texts labelled this or more train the anti-expert, all others the expert."""
 
-_LEFT_OUT = -100  # no token to predict, as cross_entropy calls it
+LEFT_OUT = -100
+"""The label of a token that is not predicted, as `cross_entropy` calls it."""
 
 Row = tuple[str, float]
 
@@ -244,9 +245,9 @@ def text_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     wanted = labels[:, 1:]
     nll = nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), wanted.flatten(), ignore_index=_LEFT_OUT, reduction="none"
+        logits[:, :-1].float().flatten(0, 1), wanted.flatten(), ignore_index=LEFT_OUT, reduction="none"
     )
-    return nll.view(wanted.shape).sum(-1), (wanted != _LEFT_OUT).sum(-1)
+    return nll.view(wanted.shape).sum(-1), (wanted != LEFT_OUT).sum(-1)
 
 
 def nats_a_token(prediction: EvalPrediction) -> dict[str, float]:
@@ -284,11 +285,10 @@ class EncodedTexts(Dataset):
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A right-padded batch: `input_ids`, `attention_mask` and `labels` `[B, T]` int64, −100 where nothing is predicted.
+    """A right-padded batch: `input_ids`, `attention_mask` and `labels` `[B, T]` int64, −100 at padding in `labels`.
 
-    That is at padding, and among the first `given` tokens of an item.
+    The labels are those of the items, where they have any, and their tokens else.
     """
     ids, mask = pad([item["input_ids"] for item in items])
-    given = torch.tensor([item.get("given", 0) for item in items])
-    counted = mask.bool() & (torch.arange(ids.shape[1]) >= given[:, None])
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(counted, ids, _LEFT_OUT)}
+    labels, _ = pad([item.get("labels", item["input_ids"]) for item in items])
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), labels, LEFT_OUT)}
