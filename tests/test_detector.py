@@ -3,12 +3,14 @@
 import json
 import math
 import random
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration, TrainerCallback
 from transformers import TrainingArguments as Arguments
 
@@ -234,8 +236,30 @@ def test_a_damaged_folder_is_refused(make_classifier, tmp_path, harm):
     assert str(tmp_path / "d") in str(caught.value)
 
 
+def test_an_adapter_of_another_backbone_is_refused(make_classifier, make_model, backbones, tmp_path):
+    classifier = make_classifier()
+    folder = tmp_path / "backbone"
+    shutil.copytree(backbones["llama"], folder)
+    classifier.config.base_model = str(folder)
+    classifier.save_pretrained(tmp_path / "d")
+    ToxicityClassifier.from_pretrained(tmp_path / "d")
+    make_model("llama", seed=5, pad_token_id=2).save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"was trained on weights .* put the former back") as caught:
+        ToxicityClassifier.from_pretrained(tmp_path / "d")
+    assert "\n" not in str(caught.value)
+    with_config(base_fingerprint=None)(tmp_path / "d")  # as older folders are
+    ToxicityClassifier.from_pretrained(tmp_path / "d")
+
+
 def test_unusable_backbones_and_settings_are_refused(backbones, make_tokenizer, tmp_path):
-    for settings in ({"max_length": 0}, {"max_length": 161}, {"lora_r": 0}, {"target_modules": ["nowhere"]}):
+    for settings in (
+        {"form": "infix"},
+        {"quantization": "int3"},
+        {"max_length": 0},
+        {"max_length": 161},
+        {"lora_r": 0},
+        {"target_modules": ["nowhere"]},
+    ):
         with pytest.raises(InvalidArgumentError, match=next(iter(settings))) as caught:
             ToxicityClassifier.from_backbone(backbones["llama"], **settings)
         assert "\n" not in str(caught.value)
@@ -382,6 +406,56 @@ def test_calibration_bends_the_probabilities_of_its_label(make_classifier):
         DetectorConfig("pocket", calibration={"toxic": 0})
 
 
+def test_prefixes_foretell_the_finished_text(backbones, tmp_path):
+    few = arguments(tmp_path, save_strategy="no", num_train_epochs=5)
+    given = settings(backbones, form="prefix", class_weights="balanced", calibration="temperature")
+    rows = [(*row, f"s{index % 3}") for index, row in enumerate(TRAIN[1:])]
+    kept = [(*row, f"s{index % 2}") for index, row in enumerate(HELD)]
+    classifier = train_detector(given, few, rows, kept)
+    loaded = ToxicityClassifier.from_pretrained(tmp_path)
+    assert loaded.config.form == "prefix"
+    ids, mask = padded([[60, 61, 50, 62], [63, 60, 64, 65]], "right")
+    toxic, clean = loaded.config.probabilities(loaded.position_logits(ids, mask))[..., 0].tolist()
+    assert min(toxic[2:]) > 0.8
+    assert max(clean) < 0.6  # it is still to be seen
+    # figures by source, before and after calibration, are those of the loaded probabilities
+    record = loaded.config.training
+    assert [record["sources"][source]["texts"] for source in ("s0", "s1")] == [53, 53]
+    truth, sources = np.array([label for _, label in HELD]), np.array([source for *_, source in kept])
+    calibrated = loaded.probabilities([text for text, _ in HELD])
+    loaded.config.calibration = {}
+    raw = loaded.probabilities([text for text, _ in HELD])
+    assert record["calibrated"] == pytest.approx(validation_figures(calibrated, truth), abs=1e-4)
+    assert record["validation"] == pytest.approx(validation_figures(raw, truth), abs=1e-4)
+    for source in ("s0", "s1"):
+        chosen = sources == source
+        for name, values in (("validation", raw), ("calibrated", calibrated)):
+            found = record["sources"][source][name]
+            assert found == pytest.approx(validation_figures(values[chosen], truth[chosen]), abs=1e-4)
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["sources"] == record["sources"]
+    assert classifier.config == ToxicityClassifier.from_pretrained(tmp_path).config
+
+
+def test_balanced_classes_count_alike(backbones, tmp_path):
+    texts = [("t5", 1.0), ("t5", 0.0), ("t5", 0.0), ("t5", 0.0)] * 20  # nothing can be told
+    few = arguments(tmp_path, save_strategy="no", num_train_epochs=8, learning_rate=5e-3)
+    classifier = train_detector(settings(backbones, class_weights="balanced"), few, texts, texts[:4])
+    assert classifier.probabilities(["t5"]) == pytest.approx([0.5], abs=0.05)
+
+
+class Unmoved(TrainerCallback):
+    """A head of zeros lets no gradient through."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        nn.init.zeros_(model.classifier.model.get_base_model().score.modules_to_save["default"].weight)
+
+
+def test_a_training_that_moves_no_adapter_is_refused(backbones, tmp_path):
+    with pytest.raises(RectifyError, match="no gradient reaches the adapter"):
+        train_detector(settings(backbones), arguments(tmp_path), TRAIN, HELD, callbacks=[Unmoved()])
+
+
 @pytest.mark.parametrize("step", [7, 14])
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(backbones, trained, tmp_path, step):
     given = settings(backbones, lora_dropout=0.1)
@@ -406,6 +480,10 @@ def test_a_finished_folder_and_changed_settings_are_refused(backbones, trained, 
         ("lora_r", {"lora_r": 4}, {}, TRAIN),
         ("learning_rate", {}, {"learning_rate": 1e-3}, TRAIN),
         ("texts_sha256", {}, {}, TRAIN[1:]),
+        ("texts_sha256", {}, {}, [(*row, "forum") for row in TRAIN]),
+        ("form", {"form": "prefix"}, {}, TRAIN),
+        ("class_weights", {"class_weights": "balanced"}, {}, TRAIN),
+        ("calibration", {"calibration": "temperature"}, {}, TRAIN),
     ):
         with pytest.raises(InvalidArgumentError, match=name):
             train_detector(settings(backbones, **changed), arguments(tmp_path, **how), rows, HELD)
@@ -432,6 +510,7 @@ def test_bad_rows_are_refused(backbones, tmp_path):
         (TRAIN, [("t5", math.nan)], r"validation\[0\] has the label nan"),
         ([("", 1.0)], HELD, "train has 1 texts"),
         (TRAIN, [], "validation has 0 texts"),
+        ([("t5", 1.0), ("t6", 1.0)], HELD, "all 2 training texts have the label 1 of 'toxic': give files with others"),
     ):
         with pytest.raises(InvalidArgumentError, match=said):
             train_detector(settings(backbones), arguments(tmp_path), train, held)
@@ -471,8 +550,15 @@ def test_the_command(flags, tmp_path, capsys):
 def test_the_command_with_columns_a_file(flags, tmp_path, capsys):
     held = write(tmp_path / "held.jsonl", HELD, "comment", "toxic")
     columns = ["--text_column", "text", "comment", "--label_column", "label", "toxic"]
-    assert main([*flags, "--validation_files", held, *columns, "--max_steps", "1", "--disable_tqdm", "True"]) == 0
-    assert f"{len(HELD)} for validation" in capsys.readouterr().err
+    more = ["--label_values", "", "1.0=0,0.0=1", "--sources", "forum", "wiki", "--calibration", "temperature"]
+    assert (
+        main([*flags, "--validation_files", held, *columns, *more, "--max_steps", "1", "--disable_tqdm", "True"]) == 0
+    )
+    said = capsys.readouterr().err
+    assert f"{len(HELD)} for validation" in said
+    assert "; calibrated: ece " in said
+    assert (tmp_path / "out" / "training.png").read_bytes()[:4] == b"\x89PNG"
+    assert list(json.loads((tmp_path / "out" / "all_results.json").read_text())["sources"]) == ["wiki"]
 
 
 @pytest.mark.parametrize(

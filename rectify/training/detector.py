@@ -145,7 +145,7 @@ def train_detector(
         compute_metrics=partial(_compute_metrics, labels),
         callbacks=list(callbacks),
     )
-    results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    results: dict[str, Any] = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     predicted = trainer.predict(cast(Any, held), metric_key_prefix="eval")
     results |= predicted.metrics or {}
     logits = torch.as_tensor(np.asarray(predicted.predictions))

@@ -38,7 +38,8 @@ def run(arguments: tuple[ExpertSettings, DetectorFiles, TrainingArguments]) -> N
     train, held, left_out = files.read()
     toxic = sum(row.label >= TOXIC for row in train)
     say(f"texts: {len(train)} for training, {toxic} of them toxic, {len(held)} for validation, {left_out}")
-    config = train_experts(settings, training, *([row[:2] for row in rows] for rows in (train, held)))
+    table, kept = ([(row.text, row.label) for row in rows] for rows in (train, held))
+    config = train_experts(settings, training, table, kept)
     for side in (EXPERT, ANTI_EXPERT):
         figures = config.training[side]
         say(
