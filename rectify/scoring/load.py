@@ -12,6 +12,8 @@ from rectify.scoring.scores import Scorer
 SCORERS = {
     "pocket": "the bundled scorer of RealToxicityPrompts' eight attributes (default; pocket:PATH: one like it)",
     "detector:PATH": "a classifier of `rectify train`",
+    "instruction:PATH": "a language model that answers, of `rectify train instruction`",
+    "cascade:PATH": "a small detector that asks a larger one where it is unsure, of `rectify train cascade`",
     "hf:ID": "any text classifier of the transformers library, folder or Hub id",
     "detoxify:NAME": "a model of the package detoxify (extra [detoxify])",
     "keywords:FILE": "a word list: 1 where one of its terms is in the text",
@@ -64,6 +66,14 @@ def _class(kind: str) -> Callable[..., Scorer]:
         from rectify.scoring.classifiers import DetectorScorer
 
         return DetectorScorer
+    if kind == "instruction":
+        from rectify.scoring.instruction import InstructionScorer
+
+        return InstructionScorer
+    if kind == "cascade":
+        from rectify.scoring.cascade import CascadeScorer
+
+        return CascadeScorer
     if kind == "hf":
         from rectify.scoring.classifiers import HfScorer
 
