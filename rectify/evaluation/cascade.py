@@ -47,7 +47,7 @@ def cascade_figures(
 
     Returns:
         `n`, `toxic_share`; `shares`, for each share `escalated`, and `accuracy` and `f1_macro` with 95 % bootstrap
-        intervals over texts (a text without a score is wrong); `threshold`, the same at the threshold that was chosen on
+        intervals over texts (a text without a score is wrong); `threshold`, the same at that which was chosen on
         validation texts; `gain_at_30`, for both figures the share of what always asking the large one gains; `ece` of
         each detector's confidence, before and after calibration.
     """
