@@ -2,14 +2,15 @@
 
 import json
 import re
-import subprocess
-import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from byte_model import byte_model, save_byte_model
 from commands import run_command
+from transformers import TrainerCallback
 
 from rectify.cli import main
 from rectify.detectors.instruction import InstructionConfig, InstructionDetector
@@ -17,6 +18,7 @@ from rectify.detectors.templates import TEMPLATES, Problem, Template
 from rectify.errors import CheckpointError, InvalidArgumentError, TrajectoryError
 from rectify.sampling import Sampling
 from rectify.scoring import Reason, load_scorer
+from rectify.training import instruction_command
 from rectify.training.experts import LEFT_OUT
 from rectify.training.instruction import EncodedRows
 from rectify.training.instruction_rows import InstructionRow, read_instruction_rows, with_instruction
@@ -53,12 +55,12 @@ def test_the_confidence_is_that_of_all_tokens_of_a_label_in_any_batch():
     found = detector()
     whole = found.label_probabilities(TEXTS)
     slow = np.array([slow_probabilities(found, found.prompt(text)) for text in TEXTS])
-    assert np.abs(whole - slow).max() < 1e-5
+    assert np.abs(np.log(whole) - np.log(slow)).max() < 1e-4
     assert np.allclose(whole.sum(-1), 1)
     single = np.concatenate([found.label_probabilities([text]) for text in TEXTS])
     assert np.abs(whole - single).max() < 1e-5
     assert np.abs(found.label_probabilities(TEXTS, batch_size=2) - whole).max() < 1e-5
-    assert whole.std(0).min() > 1e-3  # else the test says nothing
+    assert whole.std(0)[:2].min() > 1e-3  # else the test says nothing
     assert np.isnan(found.label_probabilities([" ", "x"])[0]).all()
     assert np.allclose(found.toxicity(whole), whole[:, 0] + whole[:, 2])
 
@@ -234,7 +236,7 @@ def flags(place, output, **changes):
         "validation_files": place / "validation.jsonl",
         "output_dir": output,
         "prompt": "{text}?",
-        "num_train_epochs": 3,
+        "num_train_epochs": 2,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         **changes,
@@ -249,29 +251,27 @@ def trained(place):
     return place / "whole"
 
 
-STOP = """
-import os, sys
-from rectify.training import instruction
-run, saves = instruction._Stage.run, []
-class Killed(instruction.TrainerCallback):
+class Stop(TrainerCallback):
+    """Interrupts a stage when its checkpoint of a step has been written."""
+
+    def __init__(self, stage, step):
+        self.stage, self.step = stage, step
+
     def on_save(self, arguments, state, control, **_):
-        if f"{os.path.basename(arguments.output_dir)} {state.global_step}" == sys.argv[1]:
-            os.kill(os.getpid(), 9)
-def stopping(self, *given):
-    self.callbacks.append(Killed())
-    return run(self, *given)
-instruction._Stage.run = stopping
-from rectify.cli import main
-sys.exit(main(sys.argv[2:]))
-"""
+        if Path(arguments.output_dir).name == self.stage and state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
-def test_two_stages_killed_and_resumed_end_as_uninterrupted(place, trained, capsys):
+def test_stages_that_were_interrupted_end_as_uninterrupted(place, trained, capsys, monkeypatch):
     output = place / "resumed"
     arguments = ["train", "instruction", *flags(place, output)]
-    killed = subprocess.run([sys.executable, "-c", STOP, "rationales 4", *arguments], capture_output=True, check=False)
-    assert killed.returncode == -9, killed.stderr[-2000:]
-    assert not (output / "rationales" / "all_results.json").exists()
+    train = instruction_command.train_instruction
+    for stage, step in (("rationales", 2), ("resumed", 3)):
+        stopping = partial(train, callbacks=[Stop(stage, step)])
+        monkeypatch.setattr(instruction_command, "train_instruction", stopping)
+        assert run_command(main, capsys, *arguments)[0] == 130
+        assert (output / "control").exists() == (stage == "resumed")
+    monkeypatch.setattr(instruction_command, "train_instruction", train)
     code, _, err = run_command(main, capsys, *arguments)
     assert code == 0, err
     for part in ("rationales", "control", "."):
@@ -295,7 +295,7 @@ def test_other_rationales_do_not_continue_a_stage(place, trained, tmp_path, caps
     try:
         code, _, err = run_command(main, capsys, "train", "instruction", *flags(place, trained, rationale_epochs=5))
         assert code == 2
-        assert "rationales' holds a finished training with num_train_epochs 3, not 5" in err
+        assert "rationales' holds a finished training with num_train_epochs 2.0, not 5.0" in err
     finally:
         (trained / "kept.json").rename(trained / "all_results.json")
 
@@ -318,9 +318,15 @@ def test_a_detector_is_a_scorer_and_a_verb_writes_records_and_a_table(trained, t
     assert len(output.read_text().splitlines()) == 2
     assert "was begun with seed" in run_command(main, capsys, *call, "--seed", "1")[2]
     code, out, err = run_command(
-        main, capsys, "detect", "--text", "aaa 1", "--detector", f"instruction:{trained}", "--device", "cpu", "--do_sample",
-        "--temperature", "2", "--max_new_tokens", "5",
-    )  # fmt: skip
+        main,
+        capsys,
+        *["detect", "--text", "aaa 1", *call[2:6]],
+        "--do_sample",
+        "--temperature",
+        "2",
+        "--max_new_tokens",
+        5,
+    )
     assert json.loads(out)["label"] == "unparsed"
     assert "texts: 1, 1 unparsed" in err
     assert "add --do_sample" in run_command(main, capsys, *call[:-2], "--top_p", "0.5")[2]

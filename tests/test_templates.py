@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rectify.detectors.templates import TEMPLATES, Problem, Template
@@ -70,6 +70,7 @@ def test_a_truncated_answer_has_a_label_only_where_more_cannot_change_it():
     assert TOXIC.parse("Label: toxic", ended=False).problem is Problem.TRUNCATED
 
 
+@settings(max_examples=60, derandomize=True, deadline=None)
 @given(st.text(alphabet="Label: toxicn-(1)Classf\n"), st.booleans())
 def test_no_answer_breaks_the_parser(answer, ended):
     for template in TEMPLATES.values():

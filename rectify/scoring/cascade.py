@@ -120,14 +120,14 @@ def toxicity_by(spec: str, texts: Sequence[str], device: str | None = None) -> n
 
 
 def load_part(spec: str, device: str | None) -> Scorer:
-    """A scorer of a cascade.
+    """A scorer of a cascade, on a device where it can be told one.
 
     Raises:
         RectifyError: it cannot be loaded.
     """
-    from rectify.scoring.load import load_scorer  # which loads cascades, too
+    from rectify.scoring.load import has_option, load_scorer  # which loads cascades, too
 
-    return load_scorer(spec, **({"device": device} if device is not None else {}))
+    return load_scorer(spec, **({"device": device} if device is not None and has_option(spec, "device") else {}))
 
 
 def free_memory() -> None:
