@@ -9,6 +9,7 @@ VERBS = {
     "build": "make training data: trajectories of the Q network",
     "train": "train a Q network, a toxicity classifier, a scorer, or a baseline",
     "score": "score the texts of files, by a local scorer or the Perspective API",
+    "detect": "say of texts whether they are toxic, how surely, why, and who decided",
     "serve": "a local server in place of the Perspective API",
     "import": "turn a checkpoint of the published system into a Q network",
 }
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         from rectify.training.command import main as verb
     elif argv[0] == "score":
         from rectify.scoring.score_command import main as verb
+    elif argv[0] == "detect":
+        from rectify.detectors.detect_command import main as verb
     elif argv[0] == "serve":
         from rectify.scoring.serve_command import main as verb
     elif argv[0] == "import":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +29,9 @@ def read_texts(paths: Sequence[str | Path], text_columns: Sequence[str] = (TEXT_
     """The texts of files, in their order.
 
     Args:
-        paths: `.csv` and `.tsv` files with a header, `.txt` files of one text a line, and others of JSON lines:
-            strings, objects with the column, or RealToxicityPrompts records. Blank lines are passed over.
+        paths: `.csv` and `.tsv` files with a header, `.txt` files of one text a line, `.json` files of one list, and
+            others of JSON lines: strings, objects with the column, or RealToxicityPrompts records. Blank lines are
+            passed over.
         text_columns: where an object or a row holds the text, once for all files or once for each; its value may also
             be `{"text": …}`. An object without the column `text` may have `prompt` in its place.
 
@@ -141,6 +142,33 @@ class LabelValues:
         return self._labels[word]
 
 
+def named_rows(
+    path: str | Path, text_column: str, label_column: str, names: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, Any], str, str]]:
+    """The rows of a file whose labels are classes: how to name the place of each, the row, its text, and its class.
+
+    Args:
+        path: as in `read_labelled_texts`.
+        text_column, label_column: where text and label are.
+        names: the class that each value of the label column means; an empty one where such rows are left out.
+
+    Raises:
+        TrajectoryError: as in `read_labelled_texts`, or `names` lacks a value.
+    """
+    known = {_word(value): name for value, name in names.items()}
+    for place, row in read_rows(Path(path)):
+        if not isinstance(row, dict):
+            raise TrajectoryError(f"{place}: no object with columns: give JSON objects, or a .csv or .tsv file")
+        value = _cell(row, label_column, "label_column", place)
+        word = _word(value)
+        if word not in known:
+            raise TrajectoryError(
+                f"{place}: {label_column} is {value!r}, which is none of {', '.join(known)}: say what it means in "
+                "label_classes, or give another label_column"
+            )
+        yield place, row, _text(row, text_column, place), known[word]
+
+
 def one_a_file(name: str, columns: Sequence[str], files: int) -> list[str]:
     """A column for each file, where it is given once for all of them, or once a file.
 
@@ -185,6 +213,14 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    if path.suffix.lower() == ".json" and _begins_with_list(path):
+        try:
+            yield from enumerate(json.loads(path.read_text(encoding="utf-8-sig")), start=1)
+        except ValueError as error:
+            raise TrajectoryError(
+                f"texts {str(path)!r} begins a JSON list and is none ({error}): give a whole one, or a value a line"
+            ) from error
+        return
     for number, line in _text_rows(path):
         try:
             yield number, json.loads(line)
@@ -192,6 +228,12 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             raise TrajectoryError(
                 f"{_place(path, number)}: no JSON ({error}): give one JSON value a line, or a .csv, .tsv or .txt file"
             ) from error
+
+
+def _begins_with_list(path: Path) -> bool:
+    """Whether a file is one JSON list, and not a value a line."""
+    with path.open("rb") as file:
+        return next((line for line in file if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
 
 
 def _text_rows(path: Path) -> Iterator[tuple[int, str]]:

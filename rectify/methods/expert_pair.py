@@ -113,29 +113,48 @@ def load_experts(
     config = ExpertsConfig.from_pretrained(folder)
     config.check(tokenizer)
     expert, anti_expert = (
-        _load_expert(folder / side, config, dtype).requires_grad_(False).eval() for side in (EXPERT, ANTI_EXPERT)
+        load_adapted(folder / side, config.base_model, config.base_revision, dtype)[0].requires_grad_(False).eval()
+        for side in (EXPERT, ANTI_EXPERT)
     )
     return expert.to(device), anti_expert.to(device)  # type: ignore[arg-type]
 
 
-def _load_expert(folder: Path, config: ExpertsConfig, dtype: torch.dtype) -> PreTrainedModel:
+def load_adapted(
+    folder: Path, base_model: str, base_revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A language model with the adapter of a folder, and its tokenizer; below float32 the adapter stays apart.
+
+    Args:
+        folder: written by `save_adapter`.
+        base_model, base_revision, dtype: see `load_base`.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+    """
     try:
-        adapter = LoraConfig.from_pretrained(str(folder))
-        weights = load_file(folder / WEIGHTS_FILE)
-        adapter.base_model_name_or_path = None  # peft would warn of a bundled name
-        base, _ = load_base(config.base_model, config.base_revision, dtype)
-        model = cast(PeftModel, get_peft_model(base, adapter))
-        # peft would leave what is missing at its random start, with no more than a warning
-        differing = set(weights) ^ set(adapter_weights(model))
-        if differing:
-            raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}")
-        set_peft_model_state_dict(model, weights)
+        model, tokenizer = continue_adapter(folder, base_model, base_revision, dtype)
     except (RectifyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{str(folder)!r} could not be loaded ({reason}): is the training complete?") from error
-    if torch.finfo(dtype).bits < 32:
-        return cast(PreTrainedModel, model.get_base_model())
-    return cast(PreTrainedModel, model.merge_and_unload())
+    adapted = model.get_base_model() if torch.finfo(dtype).bits < 32 else model.merge_and_unload()
+    return cast(PreTrainedModel, adapted), tokenizer
+
+
+def continue_adapter(
+    folder: Path, base_model: str, base_revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A language model with the adapter of a folder, which is trained on, and its tokenizer; see `load_adapted`."""
+    adapter = LoraConfig.from_pretrained(str(folder))
+    weights = load_file(folder / WEIGHTS_FILE)
+    adapter.base_model_name_or_path, adapter.inference_mode = None, False  # peft would warn of a bundled name
+    base, tokenizer = load_base(base_model, base_revision, dtype)
+    model = cast(PeftModel, get_peft_model(base, adapter))
+    # peft would leave what is missing at its random start, with no more than a warning
+    differing = set(weights) ^ set(adapter_weights(model))
+    if differing:
+        raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}")
+    set_peft_model_state_dict(model, weights)
+    return model, tokenizer
 
 
 def load_base(

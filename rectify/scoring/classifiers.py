@@ -48,7 +48,9 @@ class DetectorScorer:
         """Score texts by their first `max_length` tokens; see `Scorer.score`."""
         asked = check_attributes(self, attributes)
         places = [self._outputs[attribute] for attribute in asked]
-        return _scores(texts, asked, lambda some: self._detector.label_probabilities(some, self._batch_size)[:, places])
+        return scores_by(
+            texts, asked, lambda some: self._detector.label_probabilities(some, self._batch_size)[:, places]
+        )
 
 
 def _detector_revision(detector: ToxicityClassifier | GatedDetector, folder: Path) -> str:
@@ -136,7 +138,7 @@ class HfScorer:
         """Score texts by as many of their tokens as the model reads; see `Scorer.score`."""
         asked = check_attributes(self, attributes)
         places = [self._outputs[attribute] for attribute in asked]
-        return _scores(texts, asked, lambda some: self._probabilities(some)[:, places])
+        return scores_by(texts, asked, lambda some: self._probabilities(some)[:, places])
 
     @torch.inference_mode()
     def _probabilities(self, texts: list[str]) -> np.ndarray:
@@ -169,8 +171,20 @@ def _function(name: str, problem_type: str | None, outputs: int, attributes: int
     return lambda logits: logits.softmax(-1)
 
 
-def _scores(texts: Sequence[str], asked: tuple[str, ...], probabilities: Callable[[list[str]], np.ndarray]) -> Scores:
-    """Scores of texts, of which the model gets those that can be scored."""
+def scores_by(
+    texts: Sequence[str],
+    asked: tuple[str, ...],
+    probabilities: Callable[[list[str]], np.ndarray],
+    unknown: Reason = Reason.COMMENT_EMPTY,
+) -> Scores:
+    """Scores of texts, of which the model gets those that can be scored.
+
+    Args:
+        texts: them.
+        asked: the A attributes.
+        probabilities: `[n, A]` of some texts, NaN where it cannot tell.
+        unknown: why it cannot; by default as there is no token in a text.
+    """
     reasons = [reason_against(text) for text in texts]
     usable = [place for place, reason in enumerate(reasons) if reason is None]
     values = np.full((len(texts), len(asked)), np.nan)
@@ -178,7 +192,7 @@ def _scores(texts: Sequence[str], asked: tuple[str, ...], probabilities: Callabl
         values[usable] = probabilities([texts[place] for place in usable])
     for place in usable:
         if np.isnan(values[place]).any():
-            reasons[place] = Reason.COMMENT_EMPTY  # no token of its own
+            reasons[place] = unknown
     return Scores(values, asked, tuple(reasons))
 
 

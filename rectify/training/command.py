@@ -8,6 +8,8 @@ KINDS = {
     "detector": "a toxicity classifier, from labelled texts",
     "gate": "a gate that weights detectors of several platforms for each text",
     "scorer": "a scorer in place of Perspective, from texts with scores",
+    "instruction": "a detector that answers, and may explain itself, from labelled texts and rationales",
+    "cascade": "a cascade of a small detector and a larger one, from labelled validation texts",
     "experts": "the expert and the anti-expert of DExperts, from labelled texts; a baseline",
     "q": "a dead-end Q network, from trajectories; the same as train_q.py",
     "static": "a context-free table of token risks, from trajectories; a baseline",
@@ -30,6 +32,10 @@ def main(argv: list[str] | None = None, prog: str = "rectify train") -> int:
         from rectify.training.gate_command import main as train
     elif kind == "scorer":
         from rectify.training.scorer_command import main as train
+    elif kind == "instruction":
+        from rectify.training.instruction_command import main as train
+    elif kind == "cascade":
+        from rectify.training.cascade_command import main as train
     elif kind == "experts":
         from rectify.training.experts_command import main as train
     elif kind == "q":

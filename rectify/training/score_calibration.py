@@ -47,8 +47,8 @@ def calibration_temperature(logit: np.ndarray, label: np.ndarray) -> float:
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
 
     Args:
-        logit: `[N]`.
-        label: `[N]` in [0, 1], soft or hard.
+        logit: `[N]`, or `[N, L]` logits of L labels of which each text has one, for `softmax(logit / T)`.
+        label: as `logit`, in [0, 1], soft or hard; of L labels, rows of sum 1.
 
     Returns:
         From 0.01 to 100; 1 where all labels are 0, or all are 1, which say nothing of the scale.
@@ -66,6 +66,8 @@ def calibration_temperature(logit: np.ndarray, label: np.ndarray) -> float:
 
     def loss(log_temperature: float) -> float:
         scaled = logit / np.exp(log_temperature)
+        if scaled.ndim == 2:
+            return float(np.mean(np.logaddexp.reduce(scaled, axis=-1) - (label * scaled).sum(-1)))
         return float(np.mean(np.logaddexp(0, scaled) - label * scaled))
 
     # the loss is convex in 1 / T, and so has one minimum in log T
