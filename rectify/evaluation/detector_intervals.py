@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rectify.evaluation.intervals import Bootstrap, Figure, Ratio, macro_f1
+from rectify.evaluation.intervals import Bootstrap, Figure, accuracy, macro_f1
 
 THRESHOLD = 0.5
 
@@ -60,5 +60,5 @@ def _figures(probability: np.ndarray, label: np.ndarray) -> dict[str, Figure]:
     said, toxic = probability >= THRESHOLD, label >= THRESHOLD
     return {
         "f1_macro": macro_f1(said, toxic),
-        "accuracy": Ratio((said == toxic).astype(np.float64), np.ones(len(toxic))),
+        "accuracy": accuracy(said, toxic),
     }
