@@ -86,9 +86,9 @@ def load_backbone(
                 output_loading_info=True,
                 **given,
             )
+    except RectifyError:
+        raise
     except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, RectifyError):
-            raise
         raise CheckpointError(
             f"backbone {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
             "give a model of text with its tokenizer"

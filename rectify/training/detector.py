@@ -377,7 +377,7 @@ class _GradientCheck(TrainerCallback):
             return
         self._done = True
         gradients = [weight.grad for name, weight in model.named_parameters() if "lora_" in name]
-        if all(gradient is not None and not gradient.any() for gradient in gradients):
+        if gradients and all(gradient is not None and not gradient.any() for gradient in gradients):
             raise RectifyError(
                 "no gradient reaches the adapter: was a 4-bit backbone evaluated before? Load it anew, or give "
                 "quantization none"
