@@ -146,9 +146,8 @@ def train_gate(
         max_length=settings.encoder_max_length,
         device=arguments.device,
     )
-    features = _Features(
-        blend, encoder, arguments, {"texts": digest, "adapters": adapters, "encoder": encoder.fingerprint}
-    )
+    read_by = {"encoder": encoder.fingerprint, "encoder_max_length": settings.encoder_max_length}
+    features = _Features(blend, encoder, arguments, {"texts": digest, "adapters": adapters, **read_by})
     # validation first: its logits are wanted in any case
     held, data = (features.rows(part, name) for part, name in ((validation, "validation"), (train, "train")))
     rows = [*held, *data]
