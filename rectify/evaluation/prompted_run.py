@@ -7,7 +7,6 @@ one process, for several, and after a restart.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -352,9 +351,3 @@ class PromptedRun:
         from rectify.evaluation.run_report import write_report
 
         return write_report(self, starred) if self.processes.index == 0 else None
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,12 +26,12 @@ from rectify.evaluation.intervals import (
     toxic_share,
     toxicity_probability,
 )
-from rectify.evaluation.prompted_run import PromptedRun, file_sha256
+from rectify.evaluation.prompted_run import PromptedRun
 from rectify.evaluation.run_settings import SELF
 from rectify.evaluation.toxicity_prompts import TOXIC, prompt_toxicity
 from rectify.evaluation.weights import Provenance, networks_of
 from rectify.generation.generator import Continuation
-from rectify.generation.output import sha256_of
+from rectify.generation.output import file_sha256, sha256_of
 from rectify.methods.method import Method
 from rectify.scoring.scores import Scorer
 from rectify.version import __version__

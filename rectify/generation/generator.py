@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from rectify.processor import RectificationProcessor
 from rectify.q_network import token_risks
 from rectify.sampling import Sampling
 from rectify.trunk_states import position_arguments
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def shared_context(model: PreTrainedModel, reads: Iterable[object] = ()) -> int 
     return min((context for context in contexts if isinstance(context, int)), default=None)
 
 
-def batches(prompts: list[Prompt], size: int) -> Iterator[tuple[int, list[Prompt]]]:
-    """Numbered batches in the order of the prompts."""
+def batches(prompts: list[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
+    """Numbered batches in the order of the prompts, or of what else is worked on in batches."""
     for start in range(0, len(prompts), size):
         yield start // size, prompts[start : start + size]

@@ -7,15 +7,16 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
 
 from rectify.errors import InvalidArgumentError
 from rectify.generation.generator import batches
-from rectify.generation.prompts import Prompt
 
 Records = list[dict[str, Any]]
+
+Item = TypeVar("Item")
 
 
 class GenerationFile:
@@ -77,15 +78,15 @@ class GenerationFile:
 
     def complete(
         self,
-        prompts: list[Prompt],
+        prompts: list[Item],
         batch_size: int,
-        make: Callable[[list[Prompt], int], Records],
+        make: Callable[[list[Item], int], Records],
         label: str | None = None,
     ) -> None:
         """Add the records that are missing, with a progress bar.
 
         Args:
-            prompts: all of them; the file holds the records of the first `done`.
+            prompts: all of them, or what else makes a record each; the file holds the records of the first `done`.
             batch_size: prompts at a time.
             make: from a batch and its number to a record for each of its prompts.
             label: what the progress bar is called.
@@ -139,3 +140,9 @@ def write_whole(path: Path, text: str) -> None:
 def sha256_of(value: Any) -> str:
     """SHA-256 of a JSON value, hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
