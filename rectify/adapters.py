@@ -1,0 +1,113 @@
+"""LoRA adapters of any backbone: made, saved beside a head, and loaded again without a look-up on the Hub."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import cast
+
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+
+ADAPTER_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    name: str,
+    *,
+    task_type: TaskType,
+    lora_r: int,
+    lora_alpha: int,
+    lora_dropout: float,
+    target_modules: Sequence[str],
+    modules_to_save: Sequence[str] | None = None,
+) -> PeftModel:
+    """Freeze a model and put a LoRA adapter into it, drawn from torch's random generator.
+
+    Args:
+        model: changed in place.
+        name: what a message calls it.
+        task_type: what peft is to make of it.
+        lora_r, lora_alpha, lora_dropout: rank, scale and dropout of the adapter.
+        target_modules: ends of the names of the modules that are adapted; `["all-linear"]` for all linear ones.
+        modules_to_save: modules that are trained and saved whole.
+
+    Raises:
+        InvalidArgumentError: a setting makes no adapter of this model.
+    """
+    targets = list(target_modules)
+    try:
+        adapter = LoraConfig(
+            r=lora_r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=targets[0] if targets == ["all-linear"] else targets,
+            modules_to_save=None if modules_to_save is None else list(modules_to_save),
+            task_type=task_type,
+        )
+        with quiet_loading():
+            return cast(PeftModel, get_peft_model(model, adapter))
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise InvalidArgumentError(
+            f"lora_r {lora_r}, lora_alpha {lora_alpha}, lora_dropout {lora_dropout}, target_modules {targets!r} make "
+            f"no adapter of {name!r} ({first_line(error)}): change the one it names"
+        ) from error
+
+
+def save_adapter(model: PeftModel, folder: Path, base_model: str) -> None:
+    """Write an adapter's configuration and weights to a folder; `base_model` is where its backbone is found again."""
+    adapter = copy(cast(LoraConfig, model.peft_config["default"]))
+    adapter.base_model_name_or_path, adapter.inference_mode = base_model, True
+    if not isinstance(adapter.target_modules, str):
+        adapter.target_modules = sorted(adapter.target_modules or ())  # a set has no order to be relied on
+    adapter.modules_to_save = sorted(set(adapter.modules_to_save or ()))
+    # peft's own save_pretrained adds a model card, and looks the backbone up on the Hub
+    adapter.save_pretrained(str(folder))
+    save_file({name: weight.contiguous() for name, weight in _weights(model).items()}, folder / WEIGHTS_FILE)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put the adapter of a folder written by `save_adapter` into a model.
+
+    Raises:
+        CheckpointError: weights and configuration disagree.
+    """
+    adapter = LoraConfig.from_pretrained(str(folder))
+    weights = load_file(folder / WEIGHTS_FILE)
+    with quiet_loading():
+        adapted = cast(PeftModel, get_peft_model(model, adapter))
+    # peft would leave what is missing at its random start, with no more than a warning
+    differing = set(weights) ^ set(_weights(adapted))
+    if differing:
+        raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}")
+    set_peft_model_state_dict(adapted, weights)
+    return adapted
+
+
+def _weights(model: PeftModel) -> dict[str, Tensor]:
+    # the embeddings are the backbone's; asked to decide by itself, peft would look it up on the Hub
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without what other libraries say of new heads and of GPT-2's layers."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")
+            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")  # a bundled name
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
