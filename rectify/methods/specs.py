@@ -16,6 +16,7 @@ from rectify.methods.rectification import Rectify, Static
 from rectify.methods.reward_reranking import RewardReranking
 from rectify.methods.self_debias import SelfDebias
 from rectify.methods.word_filter import WordFilter
+from rectify.spec_pairs import read_pairs
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -42,19 +43,7 @@ def parse_method(spec: str) -> Method:
         )
     kind = METHODS[name]
     known = {each.name: _type(kind, each.name) for each in fields(kind) if each.name != "path"}
-    given: dict[str, float | int | str] = {}
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        if key not in known or key in given:
-            wrong = "twice" if key in given else "which it has not"
-            raise InvalidArgumentError(
-                f"method {spec!r} gives {key!r}, {wrong}: its parameters are {', '.join(known) or 'none'}"
-            )
-        try:
-            given[key] = known[key](value)
-        except ValueError as error:
-            number = "a whole number" if known[key] is int else "a number"
-            raise InvalidArgumentError(f"method {spec!r}: {key} is {value!r}: give {number}") from error
+    given = read_pairs(pairs, known, f"method {spec!r}")
     try:
         return kind(path=path or None, **given)
     except InvalidArgumentError as error:
