@@ -64,7 +64,9 @@ def add_adapter(
 
 
 def save_adapter(model: PeftModel, folder: Path, base_model: str) -> None:
-    """Write an adapter's configuration and weights to a folder; `base_model` is where its backbone is found again."""
+    """Write an adapter's configuration and weights to a folder, made where it is missing; `base_model` is where its
+    backbone is found again."""
+    folder.mkdir(parents=True, exist_ok=True)
     adapter = copy(cast(LoraConfig, model.peft_config["default"]))
     adapter.base_model_name_or_path, adapter.inference_mode = base_model, True
     if not isinstance(adapter.target_modules, str):

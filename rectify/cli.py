@@ -6,7 +6,7 @@ import sys
 
 VERBS = {
     "generate": "continue prompts with a language model, as it is or by a method",
-    "build": "make training data: trajectories of the Q network",
+    "build": "make training data: trajectories of the Q network, chains of self-detoxification",
     "train": "train a Q network, a toxicity classifier, a scorer, or a baseline",
     "score": "score the texts of files, by a local scorer or the Perspective API",
     "serve": "a local server in place of the Perspective API",

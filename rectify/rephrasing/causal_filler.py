@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +13,7 @@ from rectify.builders.masking import MASK
 from rectify.builders.trajectories import Score
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.fluency import continuation_nll
+from rectify.evaluation.language_model import begin_token
 from rectify.generation.generator import Generator, continue_with
 from rectify.generation.prompts import Prompt
 from rectify.methods.method import Decoder
@@ -77,11 +77,9 @@ class CausalFiller:
         for setting, value in (("draws", draws), ("max_words", max_words)):
             if value < 1:
                 raise InvalidArgumentError(f"{setting} is {value}: give 1 or more")
-        begin = cast(str | None, tokenizer.bos_token or tokenizer.eos_token)
-        if begin is None:
-            raise InvalidArgumentError("tokenizer has neither a begin nor an end token to begin texts with: set one")
         self.model, self.tokenizer, self.decoder, self.toxicity = model, tokenizer, decoder, toxicity
-        self.max_words, self.reward_weight, self._begin = max_words, reward_weight, begin
+        self.max_words, self.reward_weight = max_words, reward_weight
+        self._begin = str(tokenizer.convert_ids_to_tokens(begin_token(tokenizer)))
         self.name = f"{name},draws={draws},max_words={max_words},reward_weight={reward_weight:g},seed={seed}"
         # a token or two a word, and one to see where the last word ends
         self._generator = Generator(
