@@ -1,11 +1,11 @@
-"""The command that makes training data: `rectify build trajectories`, `rectify build cmd`."""
+"""The command that makes training data: `rectify build trajectories`, `rectify build spans`, `rectify build cmd`."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import fields
 
-from rectify.builders import cmd_command
+from rectify.builders import cmd_command, spans_command
 from rectify.builders.selection import sample_items
 from rectify.builders.settings import KEEP, REWARDS, TrajectorySettings
 from rectify.builders.trajectories import build_trajectories, label_trajectories
@@ -22,8 +22,9 @@ _BOTH = {"validation_share", "seed"}  # settings that labelled texts share
 def make_parser(prog: str) -> Parser:
     """The flags of the command, whose second word is the kind of data."""
     parser = Parser(prog=prog, description="Make training data.", allow_abbrev=False)
-    what = "trajectories: of the Q network; cmd: of a model that detoxifies itself"
+    what = "trajectories: of the Q network; spans: of the span detector; cmd: of a model that detoxifies itself"
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, help=what)
+    spans_command.add_parser(kinds)
     cmd_command.add_parser(kinds)
     what = "Make trajectories for the Q network: sampled continuations scored by a reward model, or labelled texts."
     # flags that are not given are left out of the namespace, so that one without an effect can be refused
@@ -90,6 +91,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         RectifyError: something that was given cannot be used.
     """
+    if arguments.kind == "spans":
+        spans_command.run(arguments)
+        return
     if arguments.kind == "cmd":
         cmd_command.run(arguments)
         return

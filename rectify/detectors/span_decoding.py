@@ -28,7 +28,8 @@ class Span(NamedTuple):
     score: float
 
 
-class Window(NamedTuple):
+@dataclass(frozen=True)
+class Window:
     """Tokens that are read together.
 
     Attributes:
@@ -46,6 +47,12 @@ class Window(NamedTuple):
     first: int
     count: int
     last: bool
+
+    @property
+    def own(self) -> np.ndarray:
+        """Which of `input_ids` are the text's own: `[T]` bool."""
+        places = np.arange(len(self.input_ids))
+        return (places >= self.begin) & (places < self.begin + self.count)
 
 
 @dataclass(frozen=True)

@@ -78,5 +78,5 @@ def _either(tokens: Tensor) -> Tensor:
     return nn.functional.pad(tokens, (1, 0)) | nn.functional.pad(tokens, (0, 1))
 
 
-HEADS = {"token": TokenHead, "segment": SegmentHead}
+HEADS: dict[str, type[TokenHead] | type[SegmentHead]] = {"token": TokenHead, "segment": SegmentHead}
 """Heads by their names in a configuration."""

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from rectify.adapters import add_adapter, load_adapter, quiet_loading, save_adapter
 from rectify.detectors.classifier import pad
 from rectify.detectors.span_decoding import EncodedTexts, Span, encode_windows, spans_of
-from rectify.detectors.span_heads import HEADS
+from rectify.detectors.span_heads import HEADS, SegmentHead, TokenHead
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
 from rectify.hub import checkpoint_folder, model_place
 
@@ -91,9 +91,9 @@ class SpanDetector(nn.Module):
         self.config = config
         self.trunk = trunk
         self.tokenizer = tokenizer
-        text = (trunk.get_base_model() if isinstance(trunk, PeftModel) else trunk).config.get_text_config()
+        text = self.backbone.config.get_text_config()
         text.use_cache = False
-        self.head = HEADS[config.head](text.hidden_size)
+        self.head: TokenHead | SegmentHead = HEADS[config.head](text.hidden_size)
         if not tokenizer.is_fast:
             raise InvalidArgumentError(
                 f"the tokenizer of {config.base_model!r} does not say where tokens are: give a model with a fast one"
@@ -210,6 +210,12 @@ class SpanDetector(nn.Module):
     # Scores and spans
 
     @property
+    def backbone(self) -> PreTrainedModel:
+        """The trunk without its adapter's wrapping."""
+        trunk = self.trunk
+        return cast(PreTrainedModel, trunk.get_base_model() if isinstance(trunk, PeftModel) else trunk)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
@@ -262,12 +268,13 @@ class SpanDetector(nn.Module):
         with tqdm(total=len(order), unit="window", disable=not progress) as bar:
             for start in range(0, len(order), batch_size):
                 places = order[start : start + batch_size]
-                batch = collate_windows([(w.input_ids, w.begin, w.count) for w in map(windows.__getitem__, places)])
-                logits = self.head.token_logits(self(*(tensor.to(self.device) for tensor in batch)))
-                scores = logits.sigmoid().cpu().numpy()
-                for row, place in zip(scores, places, strict=True):
-                    begin, count = windows[place].begin, windows[place].count
-                    rows[place] = row[begin : begin + count]
+                batch = [windows[place] for place in places]
+                ids, mask = pad([window.input_ids for window in batch])
+                own = pad_flags([window.own for window in batch])
+                logits = self(ids.to(self.device), mask.to(self.device), own.to(self.device))
+                scores = self.head.token_logits(logits).sigmoid().cpu().numpy()
+                for row, place, window in zip(scores, places, batch, strict=True):
+                    rows[place] = row[window.begin : window.begin + window.count]
                 bar.update(len(places))
         self.train(training)
         return encoded.merged(rows)
@@ -298,17 +305,9 @@ class SpanDetector(nn.Module):
         ]
 
 
-def collate_windows(windows: Sequence[tuple[list[int], int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """A right-padded batch of windows, each its ids, and where its own tokens begin and how many they are.
-
-    Returns:
-        `input_ids` and `attention_mask`, `[B, T]` int64, and `own`, `[B, T]` bool.
-    """
-    ids, mask = pad([row for row, _, _ in windows])
-    begin = torch.tensor([[begin] for _, begin, _ in windows])
-    end = begin + torch.tensor([[count] for _, _, count in windows])
-    places = torch.arange(ids.shape[1])
-    return ids, mask, (places >= begin) & (places < end)
+def pad_flags(rows: Sequence[np.ndarray]) -> Tensor:
+    """Rows of `[T]` bool as one tensor, `[B, T]` bool, False at the padding on the right."""
+    return nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
 
 
 def _check_threshold(threshold: float) -> float:

@@ -7,6 +7,7 @@ from rectify.command_line import Parser
 KINDS = {
     "detector": "a toxicity classifier, from labelled texts",
     "scorer": "a scorer in place of Perspective, from texts with scores",
+    "spans": "a detector of toxic spans, from texts with spans",
     "experts": "the expert and the anti-expert of DExperts, from labelled texts; a baseline",
     "q": "a dead-end Q network, from trajectories; the same as train_q.py",
     "static": "a context-free table of token risks, from trajectories; a baseline",
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None, prog: str = "rectify train") -> int:
         from rectify.training.detector_command import main as train
     elif kind == "scorer":
         from rectify.training.scorer_command import main as train
+    elif kind == "spans":
+        from rectify.training.spans_command import main as train
     elif kind == "experts":
         from rectify.training.experts_command import main as train
     elif kind == "q":
