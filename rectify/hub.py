@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 
@@ -58,6 +60,24 @@ def model_place(name: str, revision: str | None = None) -> str | Path:
     # a name that leads nowhere is refused here at once; transformers would try for most of a minute
     folder = checkpoint_folder(name, revision, files=["config.json"])
     return folder if name in POCKET or Path(name).expanduser().is_dir() else name
+
+
+def files_digest(*folders: Path, suffixes: Collection[str]) -> str:
+    """What tells local models apart wherever they are: a SHA-256 of their files, the first 12 hexadecimal digits.
+
+    Of the files and not of the weights in memory, which hold the rounding of this machine, and random starts of heads
+    that an adapter replaces.
+
+    Args:
+        *folders: whose files count.
+        suffixes: of the names that count, as `".safetensors"`.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(path for path in folder.iterdir() if path.suffix in suffixes):
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 def load_language_model(

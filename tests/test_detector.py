@@ -121,6 +121,32 @@ def test_the_logit_of_a_causal_model_is_that_of_transformers(make_classifier):
     assert torch.allclose(classifier(torch.tensor([text]), torch.ones(1, 4, dtype=torch.int64)), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@torch.no_grad()
+def test_the_logits_of_each_position_are_those_of_its_prefix(make_classifier, kind):
+    classifier = make_classifier(kind, form="prefix", labels=("toxic", "rude"))
+    texts = [[5, 6, 2], [7], [8, 9, 10, 2, 2], [2]]
+    for side in ("right", "left"):
+        ids, mask = padded(texts, side)
+        found = classifier.position_logits(ids, mask)
+        assert found.shape == (4, 5, 2)
+        assert found.dtype == torch.float32
+        assert (found[mask == 0] == 0).all()
+        for row, text in enumerate(texts):
+            for end in range(1, len(text) + 1):
+                alone = classifier(torch.tensor([text[:end]]), torch.ones(1, end, dtype=torch.int64))
+                assert torch.allclose(found[row][mask[row] == 1][end - 1], alone[0], atol=1e-5)
+
+
+def test_prefixes_need_a_causal_backbone(make_classifier):
+    classifier = make_classifier("encoder")
+    assert not classifier.causal
+    with pytest.raises(InvalidArgumentError, match=r"position_logits .* no causal model: give one"):
+        classifier.position_logits(*padded([[5, 6]], "right"))
+    with pytest.raises(InvalidArgumentError, match=r"form is 'prefix', and the backbone .* no causal model: give one"):
+        make_classifier("encoder", form="prefix")
+
+
 def test_the_start_of_a_long_text_counts(make_classifier):
     classifier = make_classifier()
     long = " ".join(f"t{number}" for number in range(10, 60))
@@ -336,14 +362,21 @@ def test_several_labels_are_learnt_and_unknown_ones_left_out(backbones, tmp_path
 
 
 def test_calibration_bends_the_probabilities_of_its_label(make_classifier):
-    classifier = make_classifier(labels=("toxic", "rude"))
+    classifier = make_classifier(labels=("toxic", "rude", "sly"))
     texts = ["t5 t6", "t7", "t8 t9 t4"]
     before = classifier.label_probabilities(texts)
-    classifier.config.calibration["rude"] = [[0.0, 0.5, 1.0], [0.0, 0.1, 1.0]]
+    knots = [[0.0, 0.0, 0.5, 1.0, 1.0], [0.0, 0.1, 0.2, 0.9, 1.0]]
+    classifier.config.calibration |= {"rude": knots, "sly": 2.0}
     after = classifier.label_probabilities(texts)
-    classifier.config.calibration.clear()
     assert (after[:, 0] == before[:, 0]).all()
-    assert after[:, 1] == pytest.approx(np.interp(before[:, 1], [0, 0.5, 1], [0, 0.1, 1]))
+    assert after[:, 1] == pytest.approx(np.interp(before[:, 1], *knots))
+    assert after[:, 2] == pytest.approx(1 / (1 + np.exp(-np.log(before[:, 2] / (1 - before[:, 2])) / 2)))
+    logits = torch.tensor([[-200.0] * 3, [0.0] * 3, [200.0] * 3])
+    assert classifier.config.probabilities(logits).numpy() == pytest.approx(
+        np.array([[0, 0.1, 0], [0.5, 0.2, 0.5], [1, 1, 1]])
+    )
+    with pytest.raises(InvalidArgumentError, match="calibration of 'toxic' is 0: give a temperature"):
+        DetectorConfig("pocket", calibration={"toxic": 0})
 
 
 @pytest.mark.parametrize("step", [7, 14])

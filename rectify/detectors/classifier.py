@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -18,14 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.detectors.backbone import Quantization, load_backbone, quiet
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
-from rectify.hub import checkpoint_folder, model_place
+from rectify.hub import checkpoint_folder
 
 CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE = "detector_config.json", "adapter_config.json", "adapter_model.safetensors"
 FORMAT_VERSION = 1
+
+Form = Literal["sequence", "prefix"]
 
 
 @dataclass
@@ -34,10 +34,15 @@ class DetectorConfig:
 
     Attributes:
         base_model: Hub id, folder or bundled name of the frozen backbone, whose tokenizer is used.
-        base_revision: revision of `base_model` on the Hub.
+        base_revision: revision of `base_model` on the Hub; of a new classifier, the commit that was loaded.
         max_length: tokens of a text that are read, from its start.
         labels: what each logit stands for.
-        calibration: for a label, the knots `[probabilities, calibrated ones]` of a piecewise linear map.
+        form: `"sequence"`, trained to tell the label of a text from all of it, or `"prefix"`, trained to foretell the
+            label of the finished text at each of its tokens; the second needs a causal backbone.
+        quantization: `"nf4"` where the adapter was trained on a backbone of 4 bits; it is loaded on one again.
+        base_fingerprint: what `base_model` is known again by, see `backbone.Backbone`; `None` to take any.
+        calibration: for a label, the temperature that its logit is divided by, or the knots
+            `[probabilities, calibrated ones]` of a piecewise linear map; `probabilities` applies them.
         training: free-form record of how the weights came to be.
         format_version: of the folder's files.
     """
@@ -46,7 +51,10 @@ class DetectorConfig:
     base_revision: str | None = None
     max_length: int = 256
     labels: list[str] = field(default_factory=lambda: ["toxic"])
-    calibration: dict[str, list[list[float]]] = field(default_factory=dict)
+    form: Form = "sequence"
+    quantization: Quantization = "none"
+    base_fingerprint: str | None = None
+    calibration: dict[str, float | list[list[float]]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -55,10 +63,27 @@ class DetectorConfig:
             raise InvalidArgumentError(f"max_length is {self.max_length}: give 1 or more")
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise InvalidArgumentError(f"labels is {self.labels!r}: give one or more, each once")
+        for name, known in (("form", get_args(Form)), ("quantization", get_args(Quantization))):
+            if getattr(self, name) not in known:
+                raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(known)}")
+        for label, how in self.calibration.items():
+            if isinstance(how, int | float) and not 0 < how < float("inf"):
+                raise InvalidArgumentError(f"calibration of {label!r} is {how}: give a temperature above 0")
         if self.format_version > FORMAT_VERSION:
             raise InvalidArgumentError(
                 f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
             )
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The calibrated probabilities of logits, `[..., L]` of any float dtype to `[..., L]` float32 in [0, 1]."""
+        columns = []
+        for label, column in zip(self.labels, logits.float().unbind(-1), strict=True):
+            how = self.calibration.get(label, 1.0)
+            if isinstance(how, int | float):
+                columns.append((column / how).sigmoid())
+            else:
+                columns.append(_interpolate(column.sigmoid(), how))
+        return torch.stack(columns, -1)
 
 
 class ToxicityClassifier(nn.Module):
@@ -78,8 +103,8 @@ class ToxicityClassifier(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         inner = cast(PreTrainedModel, model.get_base_model())
-        # of the architectures that transformers makes sequence classifiers of, the causal ones alone call it so
-        self._causal = hasattr(inner, "score")
+        if config.form == "prefix":
+            self._check_causal("form is 'prefix'")
         inner.config.get_text_config().use_cache = False
         tokenizer.truncation_side = "right"
         self._special_tokens = tokenizer.num_special_tokens_to_add()
@@ -101,6 +126,8 @@ class ToxicityClassifier(nn.Module):
         *,
         revision: str | None = None,
         labels: Sequence[str] = ("toxic",),
+        form: Form = "sequence",
+        quantization: Quantization = "none",
         max_length: int = 256,
         lora_r: int = 8,
         lora_alpha: int = 16,
@@ -112,16 +139,28 @@ class ToxicityClassifier(nn.Module):
         Args:
             name: folder, `"pocket"` or Hub id of a model and its tokenizer.
             revision: of a Hub id.
-            labels, max_length: see `DetectorConfig`.
+            labels, form, quantization, max_length: see `DetectorConfig`.
             lora_r, lora_alpha, lora_dropout: rank, scale and dropout of the adapter.
             target_modules: names of the modules that are adapted; `"all-linear"` for all linear ones but the head.
 
         Raises:
             CheckpointError: nothing usable is there.
-            InvalidArgumentError: a setting is out of range, or the backbone is an encoder-decoder.
+            InvalidArgumentError: a setting is out of range, or the backbone is an encoder-decoder, or no causal model
+                where the form needs one.
+            RectifyError: bitsandbytes is needed and not installed.
         """
-        config = DetectorConfig(base_model=name, base_revision=revision, max_length=max_length, labels=list(labels))
-        inner, tokenizer, fresh = _load_backbone(config, torch.float32)
+        config = DetectorConfig(
+            base_model=name,
+            base_revision=revision,
+            quantization=quantization,
+            max_length=max_length,
+            labels=list(labels),
+            form=form,
+        )
+        inner, tokenizer, fresh, config.base_fingerprint = load_backbone(
+            name, revision, len(labels), quantization=quantization
+        )
+        config.base_revision = getattr(inner.config, "_commit_hash", None) or revision
         try:
             adapter = LoraConfig(
                 r=lora_r,
@@ -131,7 +170,7 @@ class ToxicityClassifier(nn.Module):
                 modules_to_save=fresh,
                 task_type=TaskType.SEQ_CLS,
             )
-            with _quiet():
+            with quiet():
                 model = cast(PeftModel, get_peft_model(inner, adapter))
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise InvalidArgumentError(
@@ -149,7 +188,7 @@ class ToxicityClassifier(nn.Module):
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> ToxicityClassifier:
-        """Load a classifier in evaluation mode, its adapter folded into the backbone.
+        """Load a classifier in evaluation mode, its adapter folded into the backbone if that is not quantised.
 
         Args:
             name: a folder written by `save_pretrained`, `"pocket-reward"`, or a Hub id.
@@ -168,20 +207,32 @@ class ToxicityClassifier(nn.Module):
             config = DetectorConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
             adapter = LoraConfig.from_pretrained(str(folder))
             weights = load_file(folder / WEIGHTS_FILE)
-            inner, tokenizer, _ = _load_backbone(config, dtype)
-            with _quiet():
+            inner, tokenizer, _, fingerprint = load_backbone(
+                config.base_model, config.base_revision, len(config.labels), dtype, config.quantization
+            )
+            if config.base_fingerprint not in (None, fingerprint):
+                raise CheckpointError(
+                    f"it was trained on weights {config.base_fingerprint} of {config.base_model!r}, and those there "
+                    f"now are {fingerprint}: put the former back, name their place as base_model in {CONFIG_FILE}, or "
+                    "train anew"
+                )
+            with quiet():
                 model = cast(PeftModel, get_peft_model(inner, adapter))
             # peft would leave what is missing at its random start, with no more than a warning
             differing = set(weights) ^ set(_weights(model))
             if differing:
-                raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}")
+                raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}: is it complete?")
             set_peft_model_state_dict(model, weights)
-            model.merge_adapter()
+            if config.quantization == "none":
+                model.merge_adapter()  # folded into 4 bits, it would be rounded to them
             classifier = cls(config, model, tokenizer)
-        except (RectifyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        except RectifyError as error:  # with its own remedy
+            raise CheckpointError(f"{str(name)!r} could not be loaded: {error}") from error
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
-        return classifier.requires_grad_(False).to(device=device, dtype=dtype).eval()
+        kept = dtype if config.quantization == "none" else None  # what is quantised has a dtype of its own
+        return classifier.requires_grad_(False).to(device=device, dtype=kept).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write configuration, adapter and head to a folder; the backbone and its tokenizer stay where they are."""
@@ -200,6 +251,19 @@ class ToxicityClassifier(nn.Module):
 
     # -----------------------------------------------------------------------------------------------------------------
     # Probabilities
+
+    @property
+    def causal(self) -> bool:
+        """Whether the backbone reads from left to right, so that it can judge prefixes."""
+        # of the architectures that transformers makes sequence classifiers of, the causal ones alone call it so
+        return hasattr(self.model.get_base_model(), "score")
+
+    def _check_causal(self, need: str) -> None:
+        if not self.causal:
+            raise InvalidArgumentError(
+                f"{need}, and the backbone {self.config.base_model!r} is no causal model: give one, such as GPT-2 or "
+                "Llama"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -238,17 +302,40 @@ class ToxicityClassifier(nn.Module):
         Returns:
             `[B, L]` float32, one for each of `config.labels`.
         """
-        # all padding goes to the right, so that its side changes nothing, whatever the backbone makes of positions
-        order = attention_mask.argsort(dim=-1, descending=True, stable=True)
-        mask = attention_mask.gather(-1, order)
-        ids = input_ids.gather(-1, order).masked_fill(mask == 0, self.tokenizer.pad_token_id or 0)
+        ids, mask, _ = self._padded_on_the_right(input_ids, attention_mask)
         inner = cast(Any, self.model.get_base_model())
-        if not self._causal:
+        if not self.causal:
             return inner(input_ids=ids, attention_mask=mask).logits.float()
         # transformers pools a causal model at the last token that is not the padding token, which a text may end with
         hidden = inner.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
         last = mask.sum(-1) - 1
         return inner.score(hidden[torch.arange(len(hidden), device=last.device), last]).float()
+
+    def position_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The logits of each text as far as each of its tokens; those at its last token are `forward`'s.
+
+        Args:
+            input_ids, attention_mask: as for `forward`.
+
+        Returns:
+            `[B, T, L]` float32, in the places of the tokens; 0 at padding.
+
+        Raises:
+            InvalidArgumentError: the backbone is no causal model.
+        """
+        self._check_causal("position_logits reads prefixes")
+        ids, mask, order = self._padded_on_the_right(input_ids, attention_mask)
+        inner = cast(Any, self.model.get_base_model())
+        logits = inner.score(inner.base_model(input_ids=ids, attention_mask=mask).last_hidden_state).float()
+        places = order.argsort(dim=-1)[..., None].expand_as(logits)
+        return logits.gather(1, places).masked_fill(attention_mask[..., None] == 0, 0)
+
+    def _padded_on_the_right(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and mask with all padding moved to the right, so that its side changes nothing, whatever the backbone
+        makes of positions, and the place that each column came from."""
+        order = attention_mask.argsort(dim=-1, descending=True, stable=True)
+        mask = attention_mask.gather(-1, order)
+        return input_ids.gather(-1, order).masked_fill(mask == 0, self.tokenizer.pad_token_id or 0), mask, order
 
     def probabilities(self, texts: Sequence[str], batch_size: int = 64, progress: bool = False) -> np.ndarray:
         """How probably each text has the first label, which is the only one in most classifiers: `[N]` float32.
@@ -285,13 +372,9 @@ class ToxicityClassifier(nn.Module):
                 places = order[start : start + batch_size]
                 ids, mask = pad([encoded[place] for place in places])
                 logits = self(ids.to(self.device), mask.to(self.device))
-                result[places] = logits.sigmoid().cpu().numpy()
+                result[places] = self.config.probabilities(logits).cpu().numpy()
                 bar.update(len(places))
         self.train(training)
-        for place, label in enumerate(self.config.labels):
-            if label in self.config.calibration:
-                knots, calibrated = self.config.calibration[label]
-                result[:, place] = np.interp(result[:, place], knots, calibrated)
         return result
 
 
@@ -303,53 +386,16 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, (torch.arange(longest) < lengths[:, None]).long()
 
 
+def _interpolate(values: Tensor, knots: list[list[float]]) -> Tensor:
+    """`numpy.interp` on any device: a piecewise linear map through the knots, constant outside them."""
+    across, up = torch.tensor(knots, dtype=torch.float64, device=values.device)
+    values = values.double()
+    place = (torch.searchsorted(across, values.contiguous(), right=True) - 1).clamp(0, len(across) - 2)
+    width = across[place + 1] - across[place]
+    share = torch.where(width > 0, (values - across[place]) / width, 1.0).clamp(0, 1)
+    return (up[place] + share * (up[place + 1] - up[place])).float()
+
+
 def _weights(model: PeftModel) -> dict[str, Tensor]:
     # the embeddings are the backbone's; asked to decide by itself, peft would look it up on the Hub
     return get_peft_model_state_dict(model, save_embedding_layers=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what other libraries say of new heads and of GPT-2's layers."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")
-            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")  # a bundled name
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-def _load_backbone(
-    config: DetectorConfig, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
-    """The backbone with a new head, its tokenizer, and the modules whose weights no checkpoint holds."""
-    name, revision = config.base_model, config.base_revision or "main"
-    place = model_place(name, config.base_revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
-        with _quiet():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                place,
-                revision=revision,
-                num_labels=len(config.labels),
-                dtype=dtype,
-                ignore_mismatched_sizes=True,  # the head of a classifier of more labels is no part of the backbone
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"backbone {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
-            "give a model of text with its tokenizer"
-        ) from error
-    if model.config.is_encoder_decoder:
-        raise InvalidArgumentError(f"backbone {name!r} is an encoder-decoder: give a causal model or an encoder")
-    body = model.base_model_prefix
-    head = [
-        child for child, module in model.named_children() if child != body and any(True for _ in module.parameters())
-    ]
-    lacking = {key.rpartition(".")[0] for key in report["missing_keys"] if key.startswith(f"{body}.")}
-    return model, tokenizer, head + sorted(lacking)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,8 +35,7 @@ class PrefixToxicity:
     """
 
     def __init__(self, classifier: ToxicityClassifier, tokenizer: PreTrainedTokenizerBase) -> None:
-        inner = cast(Any, classifier.model.get_base_model())
-        if not hasattr(inner, "score"):
+        if not classifier.causal:
             raise InvalidArgumentError(
                 f"the classifier's backbone {classifier.config.base_model!r} is no causal model: train one on a "
                 "causal backbone of the language model's vocabulary"
@@ -49,6 +47,7 @@ class PrefixToxicity:
                 f"backbone {classifier.config.base_model!r} has {own.size} tokens: train one on a backbone of this "
                 "vocabulary"
             )
+        inner = cast(Any, classifier.model.get_base_model())
         self.classifier = classifier
         self._states = CausalStates(cast(PreTrainedModel, inner.base_model))
         self._memo = PrefixMemo(self._states)
@@ -74,12 +73,7 @@ class PrefixToxicity:
             count = tokens.shape[1]
             texts = torch.cat((prefixes.repeat_interleave(count, 0), tokens.reshape(-1, 1)), 1)
             hidden = PrefixMemo(self._states, use_cache=False).last_hidden(texts).view(*tokens.shape, -1)
-        values = self._score(hidden)[..., 0].float().sigmoid()
-        label = self.classifier.config.labels[0]
-        if label in self.classifier.config.calibration:
-            knots, calibrated = self.classifier.config.calibration[label]
-            values = torch.from_numpy(np.interp(values.cpu().numpy(), knots, calibrated)).to(values)
-        return values
+        return self.classifier.config.probabilities(self._score(hidden))[..., 0]
 
 
 class RewardRerankingProcessor(WarpingProcessor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -14,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from rectify.detectors import ToxicityClassifier
 from rectify.detectors.classifier import pad
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
-from rectify.hub import available_device, checkpoint_folder, model_place
+from rectify.hub import available_device, checkpoint_folder, files_digest, model_place
 from rectify.scoring.labels import outputs_by_attribute
 from rectify.scoring.scores import Reason, Scores, check_attributes, reason_against
 
@@ -46,10 +45,10 @@ class DetectorScorer:
         backbone = model_place(config.base_model, config.base_revision)
         folder = checkpoint_folder(name)
         if isinstance(backbone, Path):
-            self.revision = _files_digest(folder, backbone)
+            self.revision = files_digest(folder, backbone, suffixes=_MODEL_FILES)
         else:
             commit = cast(PreTrainedModel, self._classifier.model.get_base_model()).config._commit_hash
-            self.revision = f"{_files_digest(folder)} on {commit}"
+            self.revision = f"{files_digest(folder, suffixes=_MODEL_FILES)} on {commit}"
 
     def score(self, texts: Sequence[str], attributes: Sequence[str] = ("TOXICITY",)) -> Scores:
         """Score texts by their first `max_length` tokens; see `Scorer.score`."""
@@ -117,7 +116,7 @@ class HfScorer:
             config.pad_token_id = self._tokenizer.pad_token_id
         self._max_length = self._longest()
         self._special = self._tokenizer.num_special_tokens_to_add()
-        origin = _files_digest(source) if isinstance(source, Path) else config._commit_hash
+        origin = files_digest(source, suffixes=_MODEL_FILES) if isinstance(source, Path) else config._commit_hash
         self.revision = f"{origin}{_named(labels)}"
 
     def score(self, texts: Sequence[str], attributes: Sequence[str] = ("TOXICITY",)) -> Scores:
@@ -175,17 +174,3 @@ def _scores(texts: Sequence[str], asked: tuple[str, ...], probabilities: Callabl
 
 def _named(labels: Mapping[str, str] | None) -> str:
     return "".join(f" {label}={attribute}" for label, attribute in sorted((labels or {}).items()))
-
-
-def _files_digest(*folders: Path) -> str:
-    """What tells local models apart wherever they are: the start of the SHA-256 of their files.
-
-    Of the files and not of the weights in memory, which hold the rounding of this machine, and random starts of heads
-    that an adapter replaces.
-    """
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES):
-            with path.open("rb") as file:
-                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()[:12]

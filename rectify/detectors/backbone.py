@@ -1,0 +1,148 @@
+"""The frozen backbone of a classifier: loaded with a new head, in 4 bits if wanted, and known again by its weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_bitsandbytes_available
+from transformers.utils import logging as transformers_logging
+
+from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
+from rectify.hub import files_digest, model_place
+
+Quantization = Literal["none", "nf4"]
+
+_WEIGHTS = {".safetensors", ".bin"}
+
+
+class Backbone(NamedTuple):
+    """A backbone that was loaded.
+
+    Attributes:
+        model: a sequence classifier of transformers with a new head.
+        tokenizer: its tokenizer.
+        fresh: the modules whose weights no checkpoint holds, the head first.
+        fingerprint: `hub.files_digest` of the weight files in a local folder, or the commit on the Hub.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fresh: list[str]
+    fingerprint: str | None
+
+
+def load_backbone(
+    name: str,
+    revision: str | None,
+    num_labels: int,
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization = "none",
+) -> Backbone:
+    """Load a causal model or an encoder with a new head, and its tokenizer.
+
+    Args:
+        name: folder, bundled name or Hub id.
+        revision: of a Hub id.
+        num_labels: outputs of the head.
+        dtype: of the weights that are not quantised.
+        quantization: `"nf4"` for the linear layers in 4 bits: NormalFloat4 with double quantisation (Dettmers et al.,
+            QLoRA, NeurIPS 2023, arXiv 2305.14314). Head and embeddings stay in `dtype`.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+        InvalidArgumentError: it is an encoder-decoder.
+        RectifyError: bitsandbytes is needed and not installed.
+    """
+    place = model_place(name, revision)
+    given: dict[str, Any] = {"revision": revision or "main"}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **given)
+        config = AutoConfig.from_pretrained(place, num_labels=num_labels, **given)
+        if config.is_encoder_decoder:
+            raise InvalidArgumentError(f"backbone {name!r} is an encoder-decoder: give a causal model or an encoder")
+        if quantization == "nf4":
+            given["quantization_config"] = _nf4(config)
+        with quiet():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                place,
+                config=config,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # the head of a classifier of more labels is no part of the backbone
+                output_loading_info=True,
+                **given,
+            )
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, RectifyError):
+            raise
+        raise CheckpointError(
+            f"backbone {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
+            "give a model of text with its tokenizer"
+        ) from error
+    _leave_unpacked(model)
+    body = f"{model.base_model_prefix}."
+    lacking = {key.rpartition(".")[0] for key in report["missing_keys"] if key.startswith(body)}
+    fingerprint = files_digest(place, suffixes=_WEIGHTS) if isinstance(place, Path) else config._commit_hash
+    return Backbone(model, tokenizer, _head(model) + sorted(lacking), fingerprint)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what other libraries say of new heads and of GPT-2's layers."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")
+            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")  # a bundled name
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _head(model: PreTrainedModel) -> list[str]:
+    """The modules with weights beside the body."""
+    body = model.base_model_prefix
+    return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
+
+
+def _leave_unpacked(model: nn.Module) -> None:
+    """Have evaluation leave 4-bit weights as they are.
+
+    On CPUs with AVX512-BF16 a forward pass in evaluation mode packs them anew: every later backward pass through them
+    gives gradients of zero, and layers whose outputs are no multiple of the block fail (both seen in bitsandbytes
+    0.50.2).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _nf4(config: PreTrainedConfig) -> BitsAndBytesConfig:
+    if not is_bitsandbytes_available():
+        raise RectifyError("quantization is 'nf4', and bitsandbytes is not installed: pip install 'rectify[quant]'")
+    with torch.device("meta"), quiet():
+        head = _head(AutoModelForSequenceClassification.from_config(config))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.accelerator.is_available() else torch.float32,
+        # an encoder's pooler is trained with the head, where the checkpoint lacks it
+        llm_int8_skip_modules=[*head, "pooler"],
+    )
