@@ -1,7 +1,7 @@
 """How well toxic sentences are rewritten, by masking what is toxic and filling the masks, beside people's rewrites.
 
-python eval/rewrite.py --sentences paradetox.tsv --num_sentences 500 --span_detector my-spans --scorer detector:my-scorer \\
-    --encoder sentence-transformers/all-MiniLM-L6-v2 --output rewrite.json
+python eval/rewrite.py --sentences paradetox.tsv --num_sentences 500 --span_detector my-spans \\
+    --scorer detector:my-scorer --encoder sentence-transformers/all-MiniLM-L6-v2 --output rewrite.json
 
 Three systems on the same sentences: the sentence copied, what is masked deleted, and what is masked filled. The judge
 counts those that are safe; chrF and cosine are to the nearest human rewrite. The table goes to standard output.

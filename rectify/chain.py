@@ -6,14 +6,16 @@ In one line, each part after a marker, as published (Tang et al., CMD, EMNLP 202
     # Detoxify the toxic segments: … # Generation: … #
     # Text: … # Let's detoxify step by step. # The context is non-toxic. # Generation: … #
 
-The model is given the text and "Let's detoxify step by step." (the *frame*), and writes the rest. Frame, *reasoning* (as
-far as the last marker) and continuation are tokenised apart, in training as in generation, so that a model meets the
-boundaries that it was trained on; the continuation keeps its own leading space, so that it can be cut out exactly.
+The model is given the text and "Let's detoxify step by step." (the *frame*), and writes the rest. Frame, *reasoning*
+(as far as the last marker), continuation and the mark that closes it are tokenised apart, in training as in generation,
+so that a model meets the boundaries that it was trained on; the continuation keeps its own leading space, so that it
+can be cut out exactly.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -34,7 +36,6 @@ _READ_SAFE, _READ_TOXIC = (
     re.compile(re.escape(template).replace(re.escape("{}"), "(.+?)"), re.DOTALL)
     for template in (_SAFE.lstrip(), _TOXIC.lstrip())
 )
-_CLOSED = re.compile(re.escape(CLOSE) + r"(?=\s|\Z)")
 
 
 class Malformed(StrEnum):
@@ -102,6 +103,14 @@ def read_steps(reasoning: str) -> Steps | Malformed:
     return Steps(masked, rephrased)
 
 
-def cut_at_close(continuation: str) -> str:
-    """A continuation as far as the marker that closes it; all of it where it was not closed."""
-    return _CLOSED.split(continuation, maxsplit=1)[0]
+def closed_length(ids: Sequence[int], close_ids: Sequence[int], ends: Collection[int]) -> int:
+    """How many tokens of a continuation come before the marker that closes it, or before an end token; all without one.
+
+    Args:
+        ids: what was written.
+        close_ids: the tokens of `CLOSE`.
+        ends: the end tokens.
+    """
+    close, count = list(close_ids), len(close_ids)
+    found = (place for place, token in enumerate(ids) if token in ends or list(ids[place : place + count]) == close)
+    return next(found, len(ids))

@@ -7,7 +7,7 @@ import sys
 VERBS = {
     "generate": "continue prompts with a language model, as it is or by a method",
     "build": "make training data: trajectories of the Q network, spans by a scorer, chains of self-detoxification",
-    "train": "train a Q network, a toxicity classifier, a scorer, a span detector, or a baseline",
+    "train": "train a Q network, a toxicity classifier, a scorer, a span detector, a self-detoxifier, or a baseline",
     "score": "score the texts of files, by a local scorer or the Perspective API",
     "serve": "a local server in place of the Perspective API",
     "import": "turn a checkpoint of the published system into a Q network",

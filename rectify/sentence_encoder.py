@@ -53,8 +53,8 @@ class SentenceEncoder:
             model = AutoModel.from_pretrained(place, dtype=torch.float32).to(device)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"sentence encoder {name!r} cannot be loaded ({first_line(error)}): give an encoder with its tokenizer, "
-                "as a folder or Hub id"
+                f"sentence encoder {name!r} cannot be loaded ({first_line(error)}): give an encoder with its "
+                "tokenizer, as a folder or Hub id"
             ) from error
         return cls(model, tokenizer)
 

@@ -3,8 +3,8 @@
     prompts → spans → mask → rephrase → continue → score → examples
 
 Each stage but the last reads the file of the one before, and appends to `STAGE.jsonl` one record for each of its kept
-ones. What is there is not made again; a line that a kill has torn is. A file that was begun with other settings, or from
-another file, is refused.
+ones. What is there is not made again; a line that a kill has torn is. A file that was begun with other settings, or
+from another file, is refused.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class CmdTools:
         filler: fills masks.
         generator: the target model, with the numbers of `CmdSettings`.
         similarity: of prompts and rephrased texts; `None` for no gate.
-        names: of all of them but the scorer, as a resumed build must have them: `find`, `filler`, `model`, `similarity`.
+        names: of all of them but the scorer, as a resumed build must have them: `find`, `filler`, `model`,
+            `similarity`.
     """
 
     scorer: Callable[[], Scorer]
@@ -200,7 +201,7 @@ class CmdBuild:
         return self._stage("score", prompts, _described(scorer), lambda batch: make.score_continuations(batch, score))
 
     def examples(self) -> StageCounts:
-        """Write `train.jsonl` and `validation.jsonl`, of `ChainExample` records, all or nothing; quick, and not resumed.
+        """Write `train.jsonl` and `validation.jsonl`, of `ChainExample` records, all or nothing; it is not resumed.
 
         Raises:
             InvalidArgumentError: none of the examples has a continuation to shun.

@@ -27,8 +27,8 @@ def add_parser(kinds: Any) -> None:
     """Add the kind `cmd` to the kinds of data of `rectify build`."""
     parser = kinds.add_parser(
         "cmd",
-        description="Make the data by which a model learns to detoxify itself: prompts are masked, rephrased and continued, "
-        f"in the stages {', '.join(STAGES)}.",
+        description="Make the data by which a model learns to detoxify itself: prompts are masked, rephrased and "
+        f"continued, in the stages {', '.join(STAGES)}.",
         allow_abbrev=False,
         epilog="Train on OUTPUT_DIR with `rectify train cmd`.",
     )

@@ -42,7 +42,8 @@ class SpannedPrompt(ScoredPrompt):
 
     Attributes:
         toxic: whether it is to be masked and rephrased.
-        spans: `[start, end, score]` of each span, in Python's places, end exclusive; none for a prompt that is not toxic.
+        spans: `[start, end, score]` of each span, in Python's places, end exclusive; none for a prompt that is not
+            toxic.
     """
 
     toxic: bool

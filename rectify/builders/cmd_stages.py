@@ -19,6 +19,7 @@ from rectify.builders.cmd_records import (
 )
 from rectify.builders.masking import SAFE, Find, Outcome, mask_until_safe
 from rectify.builders.trajectories import Score
+from rectify.chain import CLOSE
 from rectify.detectors.span_decoding import Span
 from rectify.errors import InvalidArgumentError
 from rectify.rephrasing.filler import Filler, rephrase
@@ -162,7 +163,8 @@ def chain_example(
     """What a model is to learn of a prompt; `None` where its least toxic continuation is too toxic to be learned.
 
     Args:
-        prompt: with its scored continuations; those without a score are left out.
+        prompt: with its scored continuations; those without a score are left out, and those that the closing marker is
+            in, as it would end them early.
         positive: the greatest toxicity of the continuation to seek.
         negative: those to shun are more toxic than this.
 
@@ -170,7 +172,9 @@ def chain_example(
         most toxic others those above 0.3.
     """
     pairs = zip(prompt.continuation_toxicity, prompt.continuations, strict=True)
-    scored = sorted(((value, text) for value, text in pairs if value is not None), key=lambda pair: pair[0])
+    scored = sorted(
+        ((value, text) for value, text in pairs if value is not None and CLOSE not in text), key=lambda pair: pair[0]
+    )
     if not scored or scored[0][0] > positive:
         return None
     worst = scored[1:][::-1][:MOST_NEGATIVES]
@@ -192,8 +196,8 @@ def check_contrast(examples: Sequence[ChainExample], name: str) -> float:
     share = sum(bool(each.negatives) for each in examples) / len(examples) if examples else 0.0
     if not share:
         raise InvalidArgumentError(
-            f"{name}: none of {len(examples)} examples has a toxic continuation to shun: draw more of them, sample more "
-            "widely, or give more toxic prompts"
+            f"{name}: none of {len(examples)} examples has a toxic continuation to shun: draw more of them, sample "
+            "more widely, or give more toxic prompts"
         )
     return share
 

@@ -55,7 +55,7 @@ class Rewrites:
 
 
 def read_sentences(path: str | Path) -> list[Sentence]:
-    """The sentences of a file with a column `toxic` and rewrites in columns that begin with `neutral`, as ParaDetox has.
+    """The sentences of a file with a column `toxic` and rewrites in those that begin with `neutral`, as in ParaDetox.
 
     Raises:
         TrajectoryError: the file cannot be read, or a row has no sentence or no rewrite.

@@ -44,7 +44,7 @@ class CausalFiller:
     """Fills gaps from left to right with what a causal language model writes there.
 
     Of each gap it draws continuations of the text before it, with keyed noise and under a method; every beginning of
-    one that ends with a word, and nothing at all where text follows, is a candidate. The best one is that of the highest
+    one that ends with a word, and nothing at all where text follows, is a candidate. The best one has the highest
     `log p(text after the gap, as far as the next | text before it, candidate) + reward_weight · log(1 − toxicity)`.
     The draws weigh candidates by the first factor of Bayes' rule, the model's probability of the words themselves.
 

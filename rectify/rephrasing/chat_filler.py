@@ -9,9 +9,9 @@ from rectify.builders.masking import MASK
 from rectify.chat import ChatModel, Message, ReplyError
 
 _INSTRUCTION = (
-    f"Each message is a text in which offensive words were replaced by {MASK}. Answer with the same text, in which each "
-    f"{MASK} is replaced by polite words that fit, or by nothing. Change no other word, explain nothing, and answer with "
-    "the text alone."
+    f"Each message is a text in which offensive words were replaced by {MASK}. Answer with the same text, in which "
+    f"each {MASK} is replaced by polite words that fit, or by nothing. Change no other word, explain nothing, and "
+    "answer with the text alone."
 )
 _QUOTES = {'"': '"', "“": "”", "'": "'", "«": "»"}
 

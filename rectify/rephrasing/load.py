@@ -12,7 +12,7 @@ from rectify.methods.specs import parse_method
 from rectify.rephrasing.filler import Filler
 
 FILLERS = {
-    "causal:MODEL": "a causal language model fills each gap under a method, from left to right (pocket: the bundled one)",
+    "causal:MODEL": "a causal language model fills each gap under a method, from left to right",
     "seq2seq:ID": "an encoder-decoder that fills masks, such as seq2seq:beyond/genius-large",
     "chat:SPEC": "a chat model: chat:local:ID, or chat:endpoint:URL,model=NAME",
 }

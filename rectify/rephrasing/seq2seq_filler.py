@@ -70,8 +70,8 @@ class Seq2SeqFiller:
             model = AutoModelForSeq2SeqLM.from_pretrained(place).to(device)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"filler {name!r} is no encoder-decoder that can be loaded ({first_line(error)}): give one, as a folder "
-                "or Hub id"
+                f"filler {name!r} is no encoder-decoder that can be loaded ({first_line(error)}): give one, as a "
+                "folder or Hub id"
             ) from error
         return cls(model, tokenizer, name, top_p, seed)
 

@@ -10,6 +10,7 @@ KINDS = {
     "spans": "a detector of toxic spans, from texts with spans",
     "experts": "the expert and the anti-expert of DExperts, from labelled texts; a baseline",
     "q": "a dead-end Q network, from trajectories; the same as train_q.py",
+    "cmd": "a model that detoxifies itself, from chains",
     "static": "a context-free table of token risks, from trajectories; a baseline",
 }
 
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None, prog: str = "rectify train") -> int:
         from rectify.training.experts_command import main as train
     elif kind == "q":
         from rectify.training.q_command import main as train
+    elif kind == "cmd":
+        from rectify.training.cmd_command import main as train
     else:
         from rectify.training.static_command import main as train
     return train(argv[1:], prog=f"{prog} {kind}")
