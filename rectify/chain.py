@@ -108,9 +108,11 @@ def closed_length(ids: Sequence[int], close_ids: Sequence[int], ends: Collection
 
     Args:
         ids: what was written.
-        close_ids: the tokens of `CLOSE`.
+        close_ids: the tokens of `CLOSE`; none where it closes nothing.
         ends: the end tokens.
     """
     close, count = list(close_ids), len(close_ids)
-    found = (place for place, token in enumerate(ids) if token in ends or list(ids[place : place + count]) == close)
-    return next(found, len(ids))
+    for place, token in enumerate(ids):
+        if token in ends or (count and list(ids[place : place + count]) == close):
+            return place
+    return len(ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rectify.builders.masking import MASK
 from rectify.builders.trajectories import Score
 from rectify.errors import InvalidArgumentError
-from rectify.evaluation.fluency import continuation_nll
+from rectify.evaluation.fluency import prompted_nll
 from rectify.evaluation.language_model import begin_token
 from rectify.generation.generator import Generator, continue_with
 from rectify.generation.prompts import Prompt
@@ -21,6 +22,7 @@ from rectify.sampling import Sampling
 
 _WORD = re.compile(r"\s*\S+")
 _HEAD, _TAIL = 64, 16  # tokens around a gap that rank its candidates
+_RANKED = 4  # candidates of a gap that the reward model sees
 _ROWS = 192
 
 
@@ -44,9 +46,9 @@ class CausalFiller:
     """Fills gaps from left to right with what a causal language model writes there.
 
     Of each gap it draws continuations of the text before it, with keyed noise and under a method; every beginning of
-    one that ends with a word, and nothing at all where text follows, is a candidate. The best one has the highest
-    `log p(text after the gap, as far as the next | text before it, candidate) + reward_weight · log(1 − toxicity)`.
-    The draws weigh candidates by the first factor of Bayes' rule, the model's probability of the words themselves.
+    one that ends with a word, and nothing at all, are candidates. Of the likeliest ones, by `log p(candidate, text
+    after it as far as the next gap | text before it)`, that is taken for which this, `reward_weight · log(1 − toxicity)`
+    and, unless it is nothing, `word_bonus` have the greatest sum. Where no text follows, the end of the text does.
 
     Args:
         model, tokenizer: the language model; the tokenizer pads on the left.
@@ -56,6 +58,7 @@ class CausalFiller:
         draws: continuations of each gap.
         max_words: the greatest number of words in a gap.
         reward_weight: of the reward, 0 or more.
+        word_bonus: nats by which words are favoured over nothing; below 0, nothing is.
         seed: of the noise.
 
     Raises:
@@ -70,17 +73,21 @@ class CausalFiller:
         toxicity: Score,
         name: str,
         draws: int = 8,
-        max_words: int = 3,
+        max_words: int = 2,
         reward_weight: float = 2.0,
+        word_bonus: float = 0.0,
         seed: int = 0,
     ) -> None:
         for setting, value in (("draws", draws), ("max_words", max_words)):
             if value < 1:
                 raise InvalidArgumentError(f"{setting} is {value}: give 1 or more")
         self.model, self.tokenizer, self.decoder, self.toxicity = model, tokenizer, decoder, toxicity
-        self.max_words, self.reward_weight = max_words, reward_weight
-        self._begin = str(tokenizer.convert_ids_to_tokens(begin_token(tokenizer)))
-        self.name = f"{name},draws={draws},max_words={max_words},reward_weight={reward_weight:g},seed={seed}"
+        self.max_words, self.reward_weight, self.word_bonus = max_words, reward_weight, word_bonus
+        self._begin = begin_token(tokenizer)
+        self._begin_text = str(tokenizer.convert_ids_to_tokens(self._begin))
+        end = tokenizer.eos_token_id
+        self._end = [] if end is None else [cast(int, end)]
+        self.name = f"{name},{draws=},{max_words=},{reward_weight=:g},{word_bonus=:g},{seed=}"
         # a token or two a word, and one to see where the last word ends
         self._generator = Generator(
             model, tokenizer, Sampling(do_sample=True), 2 * max_words + 2, num_return_sequences=draws, seed=seed
@@ -91,55 +98,68 @@ class CausalFiller:
         parts = [text.split(MASK) for text in masked]
         done = [row[0] for row in parts]
         generator = replace(self._generator, first_sample=attempt * self._generator.num_return_sequences)
+        size = max(1, _ROWS // generator.num_return_sequences)
         for number in range(1, max(map(len, parts), default=0)):
             places = [place for place, row in enumerate(parts) if len(row) > number]
-            gaps = [_Gap(done[place], parts[place][number]) for place in places]
-            for place, text in zip(places, self._fill(generator, gaps), strict=True):
-                done[place] = text
+            for start in range(0, len(places), size):
+                some = places[start : start + size]
+                gaps = [_Gap(done[place], parts[place][number]) for place in some]
+                for place, text in zip(some, self._fill(generator, gaps), strict=True):
+                    done[place] = text
         return list(done)
 
     def _fill(self, generator: Generator, gaps: Sequence[_Gap]) -> list[str]:
-        size = max(1, _ROWS // generator.num_return_sequences)
-        found: list[str] = []
-        for start in range(0, len(gaps), size):
-            some = gaps[start : start + size]
-            candidates = self._candidates(generator, some)
-            owners = [place for place, words in enumerate(candidates) for _ in words]
-            words = [each for row in candidates for each in row]
-            values = self._values([some[place] for place in owners], words)
-            best: dict[int, int] = {}
-            for row, place in enumerate(owners):
-                if place not in best or values[row] > values[best[place]]:
-                    best[place] = row
-            found += [gap.filled(words[best[place]]) for place, gap in enumerate(some)]
+        candidates = self._candidates(generator, gaps)
+        # the likeliest few of each gap, as a reward costs as much as a likelihood
+        values = self._log_likelihood(gaps, candidates)
+        ranked = [np.argsort(-row, kind="stable")[:_RANKED] for row in values]
+        texts = [
+            gap.filled(words[best]) for gap, words, row in zip(gaps, candidates, ranked, strict=True) for best in row
+        ]
+        safety = iter(self._safety(texts))
+        found = []
+        for gap, words, row, order in zip(gaps, candidates, values, ranked, strict=True):
+            sums = [row[place] + next(safety) + (self.word_bonus if words[place] else 0.0) for place in order]
+            found.append(gap.filled(words[order[int(np.argmax(sums))]]))
         return found
 
     def _candidates(self, generator: Generator, gaps: Sequence[_Gap]) -> list[list[str]]:
-        """The words that each gap may be filled with, in the order in which they were drawn."""
-        prompts = [Prompt(gap.head.rstrip() or self._begin) for gap in gaps]
+        """What each gap may be filled with: nothing, and words in the order in which they were drawn."""
+        prompts = [Prompt(gap.head.rstrip() or self._begin_text) for gap in gaps]
         found = []
-        for gap, continuations in zip(gaps, continue_with(generator, prompts, self.decoder), strict=True):
-            words: dict[str, None] = {"": None} if gap.tail.strip() else {}
+        for continuations in continue_with(generator, prompts, self.decoder):
+            words = {"": None}
             for one in continuations:
                 line = one.text.split("\n")[0]
                 ends = [match.end() for match in _WORD.finditer(line)]
                 # the last word may go on beyond what was drawn
                 whole = ends if line != one.text or len(one.token_ids) < generator.max_new_tokens else ends[:-1]
                 words |= dict.fromkeys(line[:end] for end in whole[: self.max_words] if MASK not in line[:end])
-            found.append(list(words) or [""])
+            found.append(list(words))
         return found
 
-    def _values(self, gaps: Sequence[_Gap], words: Sequence[str]) -> np.ndarray:
-        """`[N]` how good each candidate is."""
-        heads, tails = [], []
-        for gap, some in zip(gaps, words, strict=True):
-            head = _Gap(gap.head, "").filled(some).rstrip() or self._begin
-            after = gap.filled(some)[len(head) :] if head != self._begin else gap.tail
-            heads.append(self.tokenizer(head)["input_ids"][-_HEAD:])
-            tails.append(self.tokenizer(after.rstrip(), add_special_tokens=False)["input_ids"][:_TAIL])
-        nll = continuation_nll(self.model, heads, tails, batch_size=_ROWS).nll.numpy()
+    def _log_likelihood(self, gaps: Sequence[_Gap], candidates: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Of each gap, of each candidate with the text after it, in nats."""
+        heads, texts = [], []
+        most = max(map(len, candidates))
+        for gap, words in zip(gaps, candidates, strict=True):
+            before = self.tokenizer(gap.head.rstrip())["input_ids"] if gap.head.strip() else []
+            heads.append((before or [self._begin])[-_HEAD:])
+            rows = [self._after(gap, each) for each in words]
+            texts.append(rows + rows[:1] * (most - len(rows)))  # each head is read once, for as many texts
+        nll = prompted_nll(self.model, heads, texts, batch_size=_ROWS).nll.view(len(gaps), most).numpy()
+        return [-row[: len(words)] for row, words in zip(nll, candidates, strict=True)]
+
+    def _after(self, gap: _Gap, words: str) -> list[int]:
+        """The tokens of a candidate and of the text after it; the end token where there is none."""
+        text = gap.filled(words)[len(gap.head.rstrip()) :] if gap.head.strip() else gap.filled(words)
+        ids = cast(list[int], self.tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"])
+        own = len(cast(list[int], self.tokenizer(words, add_special_tokens=False)["input_ids"])) if words else 0
+        return ids[: own + _TAIL] + ([] if gap.tail.strip() else self._end)
+
+    def _safety(self, texts: Sequence[str]) -> np.ndarray:
+        """`reward_weight · log(1 − toxicity)` of texts; as of the most toxic ones where it is not known."""
         if not self.reward_weight:
-            return -nll
-        toxicity = self.toxicity([gap.filled(some) for gap, some in zip(gaps, words, strict=True)])
-        safety = np.log1p(-np.clip(np.nan_to_num(np.asarray(toxicity, dtype=np.float64), nan=1.0), 0, 1 - 1e-6))
-        return self.reward_weight * safety - nll
+            return np.zeros(len(texts))
+        toxicity = np.nan_to_num(np.asarray(self.toxicity(texts), dtype=np.float64), nan=1.0)
+        return self.reward_weight * np.log1p(-np.clip(toxicity, 0, 1 - 1e-6))
