@@ -47,8 +47,8 @@ class CausalFiller:
 
     Of each gap it draws continuations of the text before it, with keyed noise and under a method; every beginning of
     one that ends with a word, and nothing at all, are candidates. Of the likeliest ones, by `log p(candidate, text
-    after it as far as the next gap | text before it)`, that is taken for which this, `reward_weight · log(1 − toxicity)`
-    and, unless it is nothing, `word_bonus` have the greatest sum. Where no text follows, the end of the text does.
+    after it as far as the next gap | text before it)`, that one is taken for which this, `reward_weight · log(1 −
+    toxicity)` and, unless it is nothing, `word_bonus` sum to the most. Where no text follows, the end token does.
 
     Args:
         model, tokenizer: the language model; the tokenizer pads on the left.

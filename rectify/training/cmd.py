@@ -299,8 +299,8 @@ class ChainTrainer(AdapterTrainer):
     """The Trainer of a `ChainLearning`; its log says how often the contrastive term was active."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with shares of active terms where the loss of training is logged."""
-        if "loss" in logs:
+        """Log, with shares of active terms where the loss of training is logged, and at its end."""
+        if "loss" in logs or "train_loss" in logs:
             counts = cast(ChainLearning, self.accelerator.unwrap_model(self.model)).take_counts()
             logs = logs | active_shares(counts["active"], counts["examples"], counts["active_toxic"], counts["toxic"])
         super().log(logs, start_time)
