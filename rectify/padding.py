@@ -11,6 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rectify.errors import InvalidArgumentError
 
 
+def follows(real: Tensor) -> Tensor:
+    """Which tokens come after another one of their text: `[B, T]` 0 and 1, or bool, to `[B, T]` bool."""
+    real = real.bool()
+    return torch.nn.functional.pad(real[:, :-1], (1, 0)) & real
+
+
 class Padding:
     """Tells padding from text in left-padded prefixes.
 

@@ -103,16 +103,16 @@ def run_place(tmp_path_factory):
 
 @pytest.fixture
 def spy(monkeypatch):
-    """`spy(q_network)`: a list that gets the `(rows, tokens)` of every run of its trunk."""
+    """`spy(q_network, method)`: a list that gets the `(rows, tokens)` of every run of its trunk."""
 
-    def watch(q_network):
-        runs, encode = [], q_network.encode
+    def watch(q_network, method="encode"):
+        runs, encode = [], getattr(q_network, method)
 
         def encode_and_note(input_ids, *arguments, **named):
             runs.append(tuple(input_ids.shape))
             return encode(input_ids, *arguments, **named)
 
-        monkeypatch.setattr(q_network, "encode", encode_and_note)
+        monkeypatch.setattr(q_network, method, encode_and_note)
         return runs
 
     return watch
@@ -126,6 +126,19 @@ def models(make_model):
 @pytest.fixture(scope="session")
 def q_networks(make_q_network):
     return {kind: make_q_network(kind) for kind in ("gpt2", "llama", "sliding")}
+
+
+@pytest.fixture(scope="session")
+def make_causal_classifier(tmp_path_factory):
+    """`make_causal_classifier(kind, model, **settings)`: a classifier whose scores vary; see `causal_classifiers`."""
+    from causal_classifiers import build_classifier
+
+    return lambda kind="llama", **given: build_classifier(tmp_path_factory.mktemp(kind), kind, **given)
+
+
+@pytest.fixture(scope="session")
+def causal_classifiers(make_causal_classifier):
+    return {kind: make_causal_classifier(kind) for kind in ("gpt2", "llama", "sliding", "recurrent")}
 
 
 class StubHead(nn.Module):

@@ -60,7 +60,7 @@ def make_parser(prog: str) -> Parser:
     own.add_argument("--model", help="language model: folder, Hub id, or pocket")
     own.add_argument(
         "--method",
-        metavar="NAME[:PATH][,key=value…]",
+        metavar="NAME[:PATH][,key=value…][+…]",
         help="that continues the texts, such as rectify:my-q-network,beta=6 (default: the model as it is)",
     )
     own.add_argument("--reward_model", metavar="FOLDER", help="classifier that scores the continuations, each alone")

@@ -49,7 +49,7 @@ def make_parser(prog: str) -> Parser:
     source.add_argument("--skip_bad_lines", action="store_true", help="count unusable lines and go on")
     parser.add_argument(
         "--method",
-        metavar="NAME[:PATH][,key=value…]",
+        metavar="NAME[:PATH][,key=value…][+…]",
         help=f"change the model by a method, such as rectify:pocket-q,beta=8; one of {', '.join(METHODS)}",
     )
     parser.add_argument("--compare", action="store_true", help="base and method (default: rectify), side by side")

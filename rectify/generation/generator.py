@@ -23,7 +23,6 @@ from rectify.generation.prompts import Prompt
 from rectify.keyed_noise import KeyedSampling, row_keys
 from rectify.methods.method import Decoder, MethodProcessor
 from rectify.processor import RectificationProcessor
-from rectify.q_network import token_risks
 from rectify.sampling import Sampling
 from rectify.trunk_states import position_arguments
 
@@ -198,7 +197,7 @@ class Generator:
         """The risk of each token of a continuation, from 0 to 1."""
         prefix = self.tokenizer(prompt.text)["input_ids"]
         ids = torch.tensor([[*prefix, *continuation.token_ids]])
-        risks: Tensor = token_risks(processor.q_network, ids)
+        risks = processor.token_risks(ids)
         return risks[0, len(prefix) :].tolist()
 
 

@@ -20,7 +20,7 @@ from rectify.errors import InvalidArgumentError
 from rectify.generation.generator import Continuation, Generator, shared_context
 from rectify.generation.prompts import Prompt
 from rectify.keyed_noise import row_keys
-from rectify.methods.base import WarpingProcessor
+from rectify.methods.base import Base, WarpingProcessor
 from rectify.methods.method import Decoder, Method, MethodProcessor
 from rectify.methods.self_detoxifier import load_detoxifier
 from rectify.padding import pad_left
@@ -230,34 +230,77 @@ class Cmd(Method):
 
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> Decoder:
         """See `Method.bind`."""
-        return self.bind_with(None, model, tokenizer, sampling)
+        return self.bind_with(Base(), model, tokenizer, sampling)
 
     def bind_with(
         self,
-        final: Method | None,
+        final: Method,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         sampling: Mapping[str, Any],
     ) -> Decoder:
-        """As `bind`; the continuation, not the chain before it, is written under another method, which reads the safe
-        text and the continuation as far as it goes.
+        """As `bind`; the continuation, not the chain before it, is written under another method.
 
         Raises:
             InvalidArgumentError: the other method is no change of next-token scores, or reads the states of the model
-                that writes.
+                that it is bound to.
         """
-        other = Decoder(WarpingProcessor(model, tokenizer, sampling))
-        if final is not None:
-            other = final.bind(model, tokenizer, sampling)
-            if other.draws > 1 or other.write is not None:
-                raise InvalidArgumentError(f"{final.name} is no change of next-token scores: combine cmd with another")
-            if any(getattr(each, "trunk", None) is model.base_model for each in other.reads):
-                raise InvalidArgumentError(
-                    f"{final.label} reads the states of the base model, and cmd writes with another: give a Q network "
-                    "with a trunk of its own"
-                )
+        other = final.bind(model, tokenizer, sampling)
+        if other.draws > 1 or other.write is not None:
+            raise InvalidArgumentError(f"{final.name} is no change of next-token scores: combine cmd with another")
+        if any(getattr(each, "trunk", None) is model.base_model for each in other.reads):
+            raise InvalidArgumentError(
+                f"{final.label} reads the states of the base model, and cmd writes with another: give a Q network with "
+                "a trunk of its own"
+            )
         adapted = load_detoxifier(cast(str, self.path), tokenizer, model.dtype, model.device)
         chains = WarpingProcessor(adapted, tokenizer, sampling)
         safe = SafePrefix(other.processor)
         writer = ChainWriter(adapted, tokenizer, chains, safe, self.chain_tokens, self.chain == "greedy")
         return Decoder(safe, reads=(adapted, *other.reads), revision=other.revision, write=writer)
+
+    def combined_with(self, other: Method) -> Method:
+        """With any method that changes next-token scores: see `CmdWith`."""
+        return CmdWith(self, other)
+
+
+@dataclass(frozen=True)
+class CmdWith(Method):
+    """Self-detoxification whose continuations, not the chains before them, are written under another method.
+
+    That reads the safe text and the continuation as far as it goes, and nothing of the chain.
+
+    Attributes:
+        cmd: what writes the chains.
+        final: the other method.
+    """
+
+    name: ClassVar[str] = "cmd+"
+    source: ClassVar[str] = "CMD's chains, with the continuation under a method that reads the safe text"
+
+    cmd: Cmd
+    final: Method
+
+    def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> Decoder:
+        """See `Cmd.bind_with`."""
+        return self.cmd.bind_with(self.final, model, tokenizer, sampling)
+
+    @property
+    def strength(self) -> str | None:
+        """That of the other method."""
+        return self.final.strength
+
+    @property
+    def value(self) -> float | None:
+        """The other method's."""
+        return self.final.value
+
+    @property
+    def label(self) -> str:
+        """The two labels."""
+        return f"{self.cmd.label}+{self.final.label}"
+
+    @property
+    def family(self) -> str:
+        """The two families."""
+        return f"{self.cmd.family}+{self.final.family}"

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.errors import InvalidArgumentError
 from rectify.processor import Statistics
 
 if TYPE_CHECKING:  # the generator is made for methods
@@ -91,6 +92,17 @@ class Method(ABC):
         Raises:
             RectifyError: something cannot be loaded, or does not fit the model.
         """
+
+    def combined_with(self, other: Method) -> Method:
+        """One method that does what both do, as `A+B` names it.
+
+        Raises:
+            InvalidArgumentError: these two cannot be combined.
+        """
+        raise InvalidArgumentError(
+            f"{self.label} and {other.label} cannot be combined: give rectify and detector, as in "
+            "rectify:Q,beta=6+detector:FOLDER, or one of them"
+        )
 
     @property
     def strength(self) -> str | None:
