@@ -267,4 +267,25 @@ def test_adapters_that_do_not_fit_are_refused(place, loaded, make_model, make_to
     with pytest.raises(VocabularyMismatchError, match="train chain adapters from a model of this vocabulary"):
         Cmd(path=str(place / "adapter")).bind(make_model(), make_tokenizer(), GIVEN)
     with pytest.raises(InvalidArgumentError, match="best_of_n is no change of next-token scores"):
-        Cmd(path=str(place / "adapter")).bind_with(parse_method("best_of_n"), *loaded, GIVEN)
+        parse_method(f"cmd:{place / 'adapter'}+best_of_n").bind(*loaded, GIVEN)
+    with pytest.raises(InvalidArgumentError, match="cannot be combined"):
+        parse_method(f"self_debias+cmd:{place / 'adapter'}")
+
+
+def test_combined_with_rectification(place, loaded, make, make_q_network):
+    model, tokenizer = loaded
+    make_q_network(
+        "llama", vocab_size=8192, max_position_embeddings=256, tokenizer=tokenizer, pad_token_id=0
+    ).save_pretrained(place / "q")
+    method = parse_method(f"cmd:{place / 'adapter'},chain_tokens=6+rectify:{place / 'q'},beta=3")
+    assert method.label == f"cmd:{place / 'adapter'},chain_tokens=6+rectify:{place / 'q'},beta=3"
+    assert (method.strength, method.value) == ("beta", 3.0)
+    assert method.family == f"cmd:{place / 'adapter'},chain_tokens=6+rectify:{place / 'q'}"
+    decoder = method.bind(model, tokenizer, GIVEN)
+    assert len(decoder.reads) == 2
+    writer = decoder.write
+    ids = tokenizer(TOXIC, add_special_tokens=False)["input_ids"]
+    writer._reason = lambda own, prompts, frames, limit: [ids] * len(prompts) * own.num_return_sequences
+    (row,) = continue_with(make(), [Prompt("You fool")], decoder)
+    assert all(one.failure is None for one in row)
+    assert decoder.processor.statistics().decisions > 0

@@ -101,7 +101,7 @@ class Method(ABC):
         """
         raise InvalidArgumentError(
             f"{self.label} and {other.label} cannot be combined: give rectify and detector, as in "
-            "rectify:Q,beta=6+detector:FOLDER, or one of them"
+            "rectify:Q,beta=6+detector:FOLDER, cmd and another, as in cmd:FOLDER+rectify:Q, or one of them"
         )
 
     @property
