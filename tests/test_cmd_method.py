@@ -87,7 +87,7 @@ def make(loaded):
 
 
 def test_the_continuation_alone_is_shown_and_counted(scripted, make, loaded):
-    model, tokenizer = loaded
+    _, tokenizer = loaded
     prompts = [Prompt("You fool"), Prompt("It was a day")]
     found = scripted([TOXIC, SAFE])(make(), prompts)
     for prompt, chain, row in zip(prompts, (TOXIC, SAFE), found, strict=True):
@@ -126,7 +126,7 @@ def test_a_batch_gives_what_its_rows_give(scripted, make):
 
 def test_at_least_as_many_tokens_as_asked_for_are_written(scripted, make, loaded):
     """The marker that closes a continuation is forbidden before, as the end token is."""
-    model, tokenizer = loaded
+    _, tokenizer = loaded
     close = tokenizer(" #", add_special_tokens=False)["input_ids"][0]
 
     class Eager:

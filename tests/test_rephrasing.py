@@ -93,12 +93,12 @@ def test_the_gate_asks_for_likeness_to_the_original():
 
 @pytest.fixture(scope="module")
 def filler(model, make_tokenizer):
-    """`filler(method, toxicity, **changes)`."""
+    """`filler(method, toxicity, temperature, **changes)`."""
     tokenizer = make_tokenizer()
     tokenizer.padding_side = "left"
 
-    def of(method=None, toxicity=no_toxicity, **changes):
-        decoder = (method or Base()).bind(model, tokenizer, SAMPLING)
+    def of(method=None, toxicity=no_toxicity, temperature=1.0, **changes):
+        decoder = (method or Base()).bind(model, tokenizer, SAMPLING | {"temperature": temperature})
         return CausalFiller(model, tokenizer, decoder, toxicity, "tiny", **{"draws": 4} | changes)
 
     return of
@@ -123,12 +123,12 @@ def test_nothing_is_filled_in_where_that_is_favoured(filler):
 
 
 def test_a_batch_gives_what_single_texts_give_and_attempts_differ(filler):
-    one = filler(word_bonus=50.0)
+    one = filler(temperature=50.0, word_bonus=50.0)
     together = one.fill(MASKED, 0)
     assert [one.fill([text], 0)[0] for text in MASKED] == together
     assert one.fill(MASKED, 0) == together
     assert one.fill(MASKED, 1) != together
-    assert filler(word_bonus=50.0, seed=1).fill(MASKED, 0) != together
+    assert filler(temperature=50.0, word_bonus=50.0, seed=1).fill(MASKED, 0) != together
 
 
 def test_the_likeliest_candidate_is_taken(filler, model):

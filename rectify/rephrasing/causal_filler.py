@@ -37,9 +37,11 @@ class _Gap:
         """The text with words, given with the blank that the model wrote before them, or with none."""
         if not words.strip():
             return self.head.rstrip() + self.tail if self.head.strip() else self.tail.lstrip()
-        if self.head[-1:].isspace():
-            return self.head.rstrip() + words + self.tail
-        return self.head + words.lstrip() + self.tail
+        if not self.head[-1:].isspace():
+            return self.head + words.lstrip() + self.tail
+        # some tokenizers give no blank back before a first word; and the word before a gap is not to be gone on with
+        blank = " " if words[0].isalnum() else ""
+        return self.head.rstrip() + blank + words + self.tail
 
 
 class CausalFiller:
