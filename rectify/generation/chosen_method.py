@@ -9,6 +9,7 @@ from rectify.errors import InvalidArgumentError
 from rectify.generation.trace import check_traceable
 from rectify.methods.base import Base
 from rectify.methods.best_of_n import BestOfN
+from rectify.methods.cmd import Cmd, CmdWith
 from rectify.methods.method import Method
 from rectify.methods.rectification import Detector, Rectify, RectifyWithDetector, Static
 from rectify.methods.specs import parse_method
@@ -50,6 +51,11 @@ def chosen_method(arguments: argparse.Namespace) -> Method:
         raise InvalidArgumentError(
             f"method is {method.label!r} without sampling, or with beams: its {draws} draws would be equal; sample, "
             "with --num_beams 1"
+        )
+    if isinstance(method, Cmd | CmdWith) and (arguments.trace or arguments.num_beams > 1):
+        flag = "trace" if arguments.trace else "num_beams"
+        raise InvalidArgumentError(
+            f"{flag} is given with {method.name}, which writes with another model, from another text: leave it out"
         )
     compared = Base | BestOfN | Rectify | Static | Detector | RectifyWithDetector
     if arguments.num_beams > 1 and not isinstance(method, compared):

@@ -250,7 +250,7 @@ def _write(generator: Generator, arms: Arms, prompts: list[Prompt], batch_size: 
             record = dict(prompt.record)
             for arm, continuations in results.items():
                 key = "base_generations" if arm == "base" and len(arms) > 1 else "generations"
-                record[key] = [{"text": continuation.text} for continuation in continuations[index]]
+                record[key] = [{"text": one.text, **one.extra} for one in continuations[index]]
             records.append(record)
         return records
 

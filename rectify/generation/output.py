@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from rectify.errors import InvalidArgumentError
 from rectify.generation.generator import batches
-from rectify.generation.prompts import Prompt
 from rectify.json_files import write_json, write_records
 
 Records = list[dict[str, Any]]
+
+Item = TypeVar("Item")
 
 
 class GenerationFile:
@@ -76,15 +77,15 @@ class GenerationFile:
 
     def complete(
         self,
-        prompts: list[Prompt],
+        prompts: list[Item],
         batch_size: int,
-        make: Callable[[list[Prompt], int], Records],
+        make: Callable[[list[Item], int], Records],
         label: str | None = None,
     ) -> None:
         """Add the records that are missing, with a progress bar.
 
         Args:
-            prompts: all of them; the file holds the records of the first `done`.
+            prompts: all of them, or what else makes a record each; the file holds the records of the first `done`.
             batch_size: prompts at a time.
             make: from a batch and its number to a record for each of its prompts.
             label: what the progress bar is called.

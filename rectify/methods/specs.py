@@ -11,6 +11,7 @@ from dataclasses import fields
 from rectify.errors import InvalidArgumentError
 from rectify.methods.base import Base
 from rectify.methods.best_of_n import BestOfN
+from rectify.methods.cmd import Cmd
 from rectify.methods.dexperts import DExperts
 from rectify.methods.method import Method
 from rectify.methods.rectification import Detector, Rectify, Static
@@ -21,7 +22,7 @@ from rectify.spec_pairs import read_pairs
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (Base, Rectify, Detector, Static, WordFilter, SelfDebias, DExperts, RewardReranking, BestOfN)
+    for method in (Base, Rectify, Detector, Static, WordFilter, SelfDebias, DExperts, RewardReranking, BestOfN, Cmd)
 }
 
 
