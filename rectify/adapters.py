@@ -28,7 +28,7 @@ def add_adapter(
     lora_r: int,
     lora_alpha: int,
     lora_dropout: float,
-    target_modules: Sequence[str],
+    target_modules: str | Sequence[str],
     modules_to_save: Sequence[str] | None = None,
 ) -> PeftModel:
     """Freeze a model and put a LoRA adapter into it, drawn from torch's random generator.
@@ -38,19 +38,20 @@ def add_adapter(
         name: what a message calls it.
         task_type: what peft is to make of it.
         lora_r, lora_alpha, lora_dropout: rank, scale and dropout of the adapter.
-        target_modules: ends of the names of the modules that are adapted; `["all-linear"]` for all linear ones.
+        target_modules: ends of the names of the modules that are adapted, or a pattern of them; `"all-linear"`, also in
+            a list, for all linear ones.
         modules_to_save: modules that are trained and saved whole.
 
     Raises:
         InvalidArgumentError: a setting makes no adapter of this model.
     """
-    targets = list(target_modules)
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     try:
         adapter = LoraConfig(
             r=lora_r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
             modules_to_save=None if modules_to_save is None else list(modules_to_save),
             task_type=task_type,
         )
@@ -65,11 +66,13 @@ def add_adapter(
 
 def save_adapter(model: PeftModel, folder: Path, base_model: str) -> None:
     """Write an adapter's configuration and weights to a folder; `base_model` is where its backbone is found again."""
+    folder.mkdir(parents=True, exist_ok=True)
     adapter = copy(cast(LoraConfig, model.peft_config["default"]))
     adapter.base_model_name_or_path, adapter.inference_mode = base_model, True
     if not isinstance(adapter.target_modules, str):
         adapter.target_modules = sorted(adapter.target_modules or ())  # a set has no order to be relied on
-    adapter.modules_to_save = sorted(set(adapter.modules_to_save or ()))
+    if adapter.modules_to_save is not None:
+        adapter.modules_to_save = sorted(set(adapter.modules_to_save))
     # peft's own save_pretrained adds a model card, and looks the backbone up on the Hub
     adapter.save_pretrained(str(folder))
     save_file({name: weight.contiguous() for name, weight in _weights(model).items()}, folder / WEIGHTS_FILE)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from copy import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, TaskType
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
+from rectify.adapters import ADAPTER_FILE, WEIGHTS_FILE, add_adapter, load_adapter, quiet_loading, save_adapter
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
 from rectify.hub import checkpoint_folder, model_place
 
-CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE = "detector_config.json", "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE = "detector_config.json"
 FORMAT_VERSION = 1
 
 
@@ -122,22 +118,16 @@ class ToxicityClassifier(nn.Module):
         """
         config = DetectorConfig(base_model=name, base_revision=revision, max_length=max_length, labels=list(labels))
         inner, tokenizer, fresh = _load_backbone(config, torch.float32)
-        try:
-            adapter = LoraConfig(
-                r=lora_r,
-                lora_alpha=lora_alpha,
-                lora_dropout=lora_dropout,
-                target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-                modules_to_save=fresh,
-                task_type=TaskType.SEQ_CLS,
-            )
-            with _quiet():
-                model = cast(PeftModel, get_peft_model(inner, adapter))
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            raise InvalidArgumentError(
-                f"lora_r {lora_r}, lora_alpha {lora_alpha}, lora_dropout {lora_dropout}, target_modules "
-                f"{target_modules!r} make no adapter of {name!r} ({first_line(error)}): change the one it names"
-            ) from error
+        model = add_adapter(
+            inner,
+            name,
+            task_type=TaskType.SEQ_CLS,
+            lora_r=lora_r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=target_modules,
+            modules_to_save=fresh,
+        )
         return cls(config, model, tokenizer)
 
     @classmethod
@@ -166,16 +156,8 @@ class ToxicityClassifier(nn.Module):
                 raise CheckpointError(f"{str(name)!r} holds no {file}: give a folder written by save_pretrained")
         try:
             config = DetectorConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-            adapter = LoraConfig.from_pretrained(str(folder))
-            weights = load_file(folder / WEIGHTS_FILE)
             inner, tokenizer, _ = _load_backbone(config, dtype)
-            with _quiet():
-                model = cast(PeftModel, get_peft_model(inner, adapter))
-            # peft would leave what is missing at its random start, with no more than a warning
-            differing = set(weights) ^ set(_weights(model))
-            if differing:
-                raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}")
-            set_peft_model_state_dict(model, weights)
+            model = load_adapter(inner, folder)
             model.merge_adapter()
             classifier = cls(config, model, tokenizer)
         except (RectifyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
@@ -187,14 +169,7 @@ class ToxicityClassifier(nn.Module):
         """Write configuration, adapter and head to a folder; the backbone and its tokenizer stay where they are."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = copy(cast(LoraConfig, self.model.peft_config["default"]))
-        adapter.base_model_name_or_path, adapter.inference_mode = self.config.base_model, True
-        if not isinstance(adapter.target_modules, str):
-            adapter.target_modules = sorted(adapter.target_modules or ())  # a set has no order to be relied on
-        adapter.modules_to_save = sorted(set(adapter.modules_to_save or ()))
-        # peft's own save_pretrained adds a model card, and looks the backbone up on the Hub
-        adapter.save_pretrained(str(folder))
-        save_file({name: weight.contiguous() for name, weight in _weights(self.model).items()}, folder / WEIGHTS_FILE)
+        save_adapter(self.model, folder, self.config.base_model)
         text = json.dumps(asdict(self.config), indent=2, ensure_ascii=False)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -303,26 +278,6 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, (torch.arange(longest) < lengths[:, None]).long()
 
 
-def _weights(model: PeftModel) -> dict[str, Tensor]:
-    # the embeddings are the backbone's; asked to decide by itself, peft would look it up on the Hub
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what other libraries say of new heads and of GPT-2's layers."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")
-            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")  # a bundled name
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
 def _load_backbone(
     config: DetectorConfig, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
@@ -331,7 +286,7 @@ def _load_backbone(
     place = model_place(name, config.base_revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
-        with _quiet():
+        with quiet_loading():
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 place,
                 revision=revision,

@@ -122,7 +122,7 @@ class SpanDetector(nn.Module):
         lora_r: int = 0,
         lora_alpha: int = 16,
         lora_dropout: float = 0.0,
-        target_modules: Sequence[str] = ("all-linear",),
+        target_modules: str | Sequence[str] = "all-linear",
     ) -> SpanDetector:
         """A new detector in float32; head and adapter are drawn from torch's random generator.
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.adapters import load_adapter
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, VocabularyMismatchError, first_line
 from rectify.generation.output import write_json
 from rectify.hub import checkpoint_folder, model_place
@@ -22,7 +19,6 @@ from rectify.vocabulary import Fingerprint
 
 CONFIG_FILE = "experts_config.json"
 EXPERT, ANTI_EXPERT = "expert", "anti_expert"
-ADAPTER_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -120,16 +116,8 @@ def load_experts(
 
 def _load_expert(folder: Path, config: ExpertsConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        adapter = LoraConfig.from_pretrained(str(folder))
-        weights = load_file(folder / WEIGHTS_FILE)
-        adapter.base_model_name_or_path = None  # peft would warn of a bundled name
         base, _ = load_base(config.base_model, config.base_revision, dtype)
-        model = cast(PeftModel, get_peft_model(base, adapter))
-        # peft would leave what is missing at its random start, with no more than a warning
-        differing = set(weights) ^ set(adapter_weights(model))
-        if differing:
-            raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}")
-        set_peft_model_state_dict(model, weights)
+        model = load_adapter(base, folder)
     except (RectifyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{str(folder)!r} could not be loaded ({reason}): is the training complete?") from error
@@ -161,21 +149,3 @@ def load_base(
             "give a causal language model with its tokenizer"
         ) from error
     return model, tokenizer
-
-
-def save_adapter(model: PeftModel, folder: Path, base_model: str) -> None:
-    """Write a LoRA adapter to a folder; the language model that it adapts stays where it is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    adapter = copy(cast(LoraConfig, model.peft_config["default"]))
-    adapter.base_model_name_or_path, adapter.inference_mode = base_model, True
-    if not isinstance(adapter.target_modules, str):
-        adapter.target_modules = sorted(adapter.target_modules or ())  # a set has no order to be relied on
-    # peft's own save_pretrained adds a model card, and looks the model up on the Hub
-    adapter.save_pretrained(str(folder))
-    save_file({name: weight.contiguous() for name, weight in adapter_weights(model).items()}, folder / WEIGHTS_FILE)
-
-
-def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
-    """The weights of the adapter alone, by their names in a file."""
-    # the embeddings are the model's; asked to decide by itself, peft would look it up on the Hub
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
