@@ -73,11 +73,7 @@ def mask_spans(text: str, spans: Sequence[Span]) -> str:
         >>> mask_spans("You silly  old fool!", [Span(4, 9, 0.9), Span(11, 19, 0.8)])
         'You <MASK>!'
     """
-    pieces, done = [], 0
-    for start, end in _runs(text, spans):
-        pieces += [text[done:start], MASK]
-        done = end
-    return "".join([*pieces, text[done:]])
+    return _replaced(text, spans, MASK)
 
 
 def mask_until_safe(
@@ -166,7 +162,7 @@ class _Pending:
     @property
     def left(self) -> str:
         """The text without its spans."""
-        return mask_spans(self.text, self.spans).replace(MASK, "") if self.spans else self.text
+        return _replaced(self.text, self.spans, "")
 
     @property
     def share(self) -> float:
@@ -179,13 +175,13 @@ class _Pending:
         it reached the threshold."""
         found = []
         for span in spans:
-            start = span.start
-            pieces = []
-            for begin, end in [*self.runs, (span.end, span.end)]:
-                if end > start and begin <= span.end:
-                    pieces.append((start, max(start, min(begin, span.end))))
-                    start = max(start, end)
-            score = span.score if pieces == [(span.start, span.end)] else threshold
+            start, pieces = span.start, []
+            for begin, end in self.runs:
+                if start < end and begin < span.end:
+                    pieces.append((start, begin))
+                    start = end
+            pieces.append((start, span.end))
+            score = span.score if len(pieces) == 1 else threshold
             found += [Span(begin, end, score) for begin, end in pieces if self.text[begin:end].strip()]
         return sorted(found, key=lambda span: -span.score)
 
@@ -197,6 +193,14 @@ def _refill(pending: Sequence[_Pending], find: Find, thresholds: Sequence[float 
         if some:
             for one, spans in zip(some, find([one.text for one in some], threshold), strict=True):
                 one.level, one.waiting = level, one.unmasked(spans, cast(float, threshold))
+
+
+def _replaced(text: str, spans: Sequence[Span], by: str) -> str:
+    pieces, done = [], 0
+    for start, end in _runs(text, spans):
+        pieces += [text[done:start], by]
+        done = end
+    return "".join([*pieces, text[done:]])
 
 
 def _visible(text: str) -> int:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from rectify.adapters import put_adapter
 from rectify.detectors.classifier import (
     DetectorConfig,
     ToxicityClassifier,
-    add_adapter,
     load_base,
-    read_adapter,
+    read_classifier,
     refusing,
 )
 from rectify.errors import InvalidArgumentError
@@ -81,7 +81,7 @@ class AdapterBlend(nn.Module):
         for name, place in adapters.items():
             with refusing(place):
                 folders[name] = checkpoint_folder(place)
-                read[name] = read_adapter(folders[name])
+                read[name] = read_classifier(folders[name])
         config = _common_config({name: config for name, (config, _, _) in read.items()})
         model: Any
         with refusing(folders[next(iter(adapters))]):
@@ -93,7 +93,7 @@ class AdapterBlend(nn.Module):
                 )
             with refusing(folders[name]):
                 # not by its name, which peft would look for in the names of weights
-                model = add_adapter(model, adapter, weights, f"adapter{number}")
+                model = put_adapter(model, adapter, weights, f"adapter{number}")
         blend = cls(ToxicityClassifier(config, model, tokenizer), folders)
         kept = dtype if config.quantization == "none" else None  # what is quantised has a dtype of its own
         return blend.requires_grad_(False).to(device=device, dtype=kept).eval()

@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, TaskType
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.detectors.backbone import Quantization, load_backbone, quiet
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
+from rectify.adapters import ADAPTER_FILE, WEIGHTS_FILE, add_adapter, put_adapter, read_adapter, save_adapter
+from rectify.detectors.backbone import Quantization, load_backbone
+from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
 from rectify.hub import checkpoint_folder
 
-CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE = "detector_config.json", "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE = "detector_config.json"
 FORMAT_VERSION = 1
 
 Form = Literal["sequence", "prefix"]
@@ -162,22 +161,16 @@ class ToxicityClassifier(nn.Module):
             name, revision, len(labels), quantization=quantization
         )
         config.base_revision = getattr(inner.config, "_commit_hash", None) or revision
-        try:
-            adapter = LoraConfig(
-                r=lora_r,
-                lora_alpha=lora_alpha,
-                lora_dropout=lora_dropout,
-                target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-                modules_to_save=fresh,
-                task_type=TaskType.SEQ_CLS,
-            )
-            with quiet():
-                model = cast(PeftModel, get_peft_model(inner, adapter))
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            raise InvalidArgumentError(
-                f"lora_r {lora_r}, lora_alpha {lora_alpha}, lora_dropout {lora_dropout}, target_modules "
-                f"{target_modules!r} make no adapter of {name!r} ({first_line(error)}): change the one it names"
-            ) from error
+        model = add_adapter(
+            inner,
+            name,
+            task_type=TaskType.SEQ_CLS,
+            lora_r=lora_r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=target_modules,
+            modules_to_save=fresh,
+        )
         return cls(config, model, tokenizer)
 
     @classmethod
@@ -201,9 +194,9 @@ class ToxicityClassifier(nn.Module):
             CheckpointError: nothing usable is there.
         """
         with refusing(name):
-            config, adapter, weights = read_adapter(checkpoint_folder(name, revision))
+            config, adapter, weights = read_classifier(checkpoint_folder(name, revision))
             inner, tokenizer = load_base(config, dtype)
-            model = add_adapter(inner, adapter, weights)
+            model = put_adapter(inner, adapter, weights)
             if config.quantization == "none":
                 model.merge_adapter()  # folded into 4 bits, it would be rounded to them
             classifier = cls(config, model, tokenizer)
@@ -214,14 +207,7 @@ class ToxicityClassifier(nn.Module):
         """Write configuration, adapter and head to a folder; the backbone and its tokenizer stay where they are."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = copy(cast(LoraConfig, self.model.peft_config["default"]))
-        adapter.base_model_name_or_path, adapter.inference_mode = self.config.base_model, True
-        if not isinstance(adapter.target_modules, str):
-            adapter.target_modules = sorted(adapter.target_modules or ())  # a set has no order to be relied on
-        adapter.modules_to_save = sorted(set(adapter.modules_to_save or ()))
-        # peft's own save_pretrained adds a model card, and looks the backbone up on the Hub
-        adapter.save_pretrained(str(folder))
-        save_file({name: weight.contiguous() for name, weight in _weights(self.model).items()}, folder / WEIGHTS_FILE)
+        save_adapter(self.model, folder, self.config.base_model)
         text = json.dumps(asdict(self.config), indent=2, ensure_ascii=False)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -405,13 +391,13 @@ def refusing(name: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
 
 
-def read_adapter(folder: Path) -> tuple[DetectorConfig, LoraConfig, dict[str, Tensor]]:
+def read_classifier(folder: Path) -> tuple[DetectorConfig, LoraConfig, dict[str, Tensor]]:
     """What `save_pretrained` has written to a folder; to be called within `refusing`."""
     for file in (CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
         if not (folder / file).exists():
             raise CheckpointError(f"it holds no {file}: give a folder written by save_pretrained")
     config = DetectorConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-    return config, LoraConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS_FILE)
+    return config, *read_adapter(folder)
 
 
 def load_base(config: DetectorConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -429,34 +415,3 @@ def load_base(config: DetectorConfig, dtype: torch.dtype) -> tuple[PreTrainedMod
             f"{fingerprint}: put the former back, name their place as base_model in {CONFIG_FILE}, or train anew"
         )
     return inner, tokenizer
-
-
-def add_adapter(
-    model: PreTrainedModel | PeftModel, adapter: LoraConfig, weights: dict[str, Tensor], name: str = "default"
-) -> PeftModel:
-    """A model with an adapter and its head, not folded in.
-
-    Args:
-        model: the backbone, or what this has made of it for another adapter.
-        adapter, weights: of `read_adapter`.
-        name: what peft is to call it.
-
-    Raises:
-        CheckpointError: the weights are not those of the adapter.
-    """
-    with quiet():
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, adapter)
-        else:
-            model = cast(PeftModel, get_peft_model(model, adapter, name))
-    # peft would leave what is missing at its random start, with no more than a warning
-    differing = set(weights) ^ set(_weights(model, name))
-    if differing:
-        raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}: is it complete?")
-    set_peft_model_state_dict(model, weights, name)
-    return model
-
-
-def _weights(model: PeftModel, name: str = "default") -> dict[str, Tensor]:
-    # the embeddings are the backbone's; asked to decide by itself, peft would look it up on the Hub
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

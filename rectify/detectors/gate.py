@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.detectors.backbone import fingerprint_of, quiet
+from rectify.adapters import quiet_loading
+from rectify.detectors.backbone import fingerprint_of
 from rectify.detectors.classifier import batches_by_length, refusing
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
 from rectify.hub import checkpoint_folder, model_place
@@ -106,7 +107,7 @@ class SentenceEncoder(nn.Module):
         place = model_place(name, revision)
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main")
-            with quiet():
+            with quiet_loading():
                 model = AutoModel.from_pretrained(place, revision=revision or "main", dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(

@@ -61,8 +61,9 @@ class EncodedTexts:
 
     Attributes:
         windows: in the order of the texts; a text that fits has one, one without a token has none.
-        offsets: of each text, `[n, 2]` int64: the characters of each of its n tokens, without blanks around them;
-            begin and end are equal where nothing is left.
+        offsets: of each text, `[n, 2]` int64: the characters of each of its n tokens, without blanks around them, and
+            whole as people see them, with combining marks and joined emoji; begin and end are equal where nothing is
+            left.
     """
 
     windows: list[Window]
@@ -130,17 +131,47 @@ def encode_windows(
             continue
         first = windows[-1].first + step if windows and windows[-1].text == source else 0
         new = own[len(offsets[source]) - first :]
-        offsets[source] += [_without_blanks(texts[source], *encoded["offset_mapping"][index][place]) for place in new]
+        offsets[source] += [_visible(texts[source], *encoded["offset_mapping"][index][place]) for place in new]
         last = index + 1 == len(sources) or sources[index + 1] != source
         windows.append(Window(source, encoded["input_ids"][index], own[0], first, len(own), last))
     return EncodedTexts(windows, [np.array(rows, np.int64).reshape(-1, 2) for rows in offsets])
+
+
+def word_scores(text: str, offsets: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Give each token the mean score of its word, so that no part of a word is found without the rest.
+
+    A word is made of tokens that touch at letters or digits; letters of scripts without upper case, many of which have
+    no blanks between words, are left as the tokens are.
+
+    Args:
+        text: the text.
+        offsets: `[n, 2]` int64, the characters of each token.
+        scores: `[n]`.
+
+    Returns:
+        `[n]` float64.
+    """
+    begins = np.ones(len(scores), np.int64)
+    for place in range(1, len(scores)):
+        (left, end), (start, right) = offsets[place - 1].tolist(), offsets[place].tolist()
+        if left < end and start < right:
+            # parts of a character share it
+            touch = start < end or (start == end and _in_word(text[start - 1]) and _in_word(text[start]))
+            begins[place] = not touch
+    words = np.cumsum(begins) - 1
+    return (np.bincount(words, scores) / np.maximum(1, np.bincount(words)))[words] if len(scores) else scores
+
+
+def _in_word(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category[0] in "LMN" and category != "Lo"
 
 
 def spans_of(text: str, offsets: np.ndarray, scores: np.ndarray, threshold: float) -> list[Span]:
     """The spans of a text whose tokens have at least a score.
 
     Tokens with nothing but blanks between them make one span, as annotators mark phrases; its score is the highest of
-    theirs. Spans begin and end with whole characters as people see them: with their combining marks and joined emoji.
+    theirs.
 
     Args:
         text: the text.
@@ -153,7 +184,7 @@ def spans_of(text: str, offsets: np.ndarray, scores: np.ndarray, threshold: floa
     """
     spans: list[Span] = []
     for place in np.flatnonzero((scores >= threshold) & (offsets[:, 0] < offsets[:, 1])):
-        start, end = _whole_characters(text, *offsets[place].tolist())
+        start, end = offsets[place].tolist()
         score = float(scores[place])
         if spans and (start <= spans[-1].end or not text[spans[-1].end : start].strip()):
             last = spans.pop()
@@ -175,14 +206,14 @@ def token_labels(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.nd
     return (length > 0) & (2 * covered >= length)
 
 
-def _without_blanks(text: str, start: int, end: int) -> tuple[int, int]:
-    """Tokens of many vocabularies hold the blank before their word."""
+def _visible(text: str, start: int, end: int) -> tuple[int, int]:
+    """The characters of a token as people see them: many tokens hold the blank before their word, others are a part of
+    a character, or lack its accents."""
     piece = text[start:end]
     start += len(piece) - len(piece.lstrip())
-    return start, max(start, start + len(piece.strip()))
-
-
-def _whole_characters(text: str, start: int, end: int) -> tuple[int, int]:
+    end = start + len(piece.strip())
+    if start >= end:
+        return start, start
     while start > 0 and _goes_on(text, start):
         start -= 1
     while end < len(text) and _goes_on(text, end):

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from rectify.adapters import add_adapter, load_adapter, quiet_loading, save_adapter
 from rectify.detectors.classifier import pad
-from rectify.detectors.span_decoding import EncodedTexts, Span, encode_windows, spans_of
+from rectify.detectors.span_decoding import EncodedTexts, Span, encode_windows, spans_of, word_scores
 from rectify.detectors.span_heads import HEADS, SegmentHead, TokenHead
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
 from rectify.hub import checkpoint_folder, model_place
@@ -41,7 +41,7 @@ class SpanConfig:
         adapter: only an adapter was trained, and the trunk is still at `base_model`; else it is saved with the head.
         max_length: tokens of a window, special ones included.
         overlap: tokens that neighbouring windows of a longer text share.
-        threshold: probability from which on a token is toxic.
+        threshold: probability from which on a word, by the mean of its tokens, is toxic.
         training: free-form record of how the weights came to be.
         format_version: of the folder's files.
     """
@@ -122,7 +122,7 @@ class SpanDetector(nn.Module):
         lora_r: int = 0,
         lora_alpha: int = 16,
         lora_dropout: float = 0.0,
-        target_modules: Sequence[str] = ("all-linear",),
+        target_modules: str | Sequence[str] = "all-linear",
     ) -> SpanDetector:
         """A new detector in float32; head and adapter are drawn from torch's random generator.
 
@@ -201,6 +201,7 @@ class SpanDetector(nn.Module):
             save_adapter(self.trunk, folder, self.config.base_model)
         else:
             self.trunk.save_pretrained(str(folder / TRUNK_FOLDER))
+            cast(Any, self.tokenizer).backend_tokenizer.no_truncation()  # else it keeps that of its last call
             self.tokenizer.save_pretrained(str(folder / TRUNK_FOLDER))
         save_file({name: weight.contiguous() for name, weight in self.head.state_dict().items()}, folder / HEAD_FILE)
         text = json.dumps(asdict(self.config), indent=2, ensure_ascii=False)
@@ -286,7 +287,7 @@ class SpanDetector(nn.Module):
 
         Args:
             texts: of any length; casing, blanks and Unicode are those of the text as it is.
-            threshold: probability from which on a token is toxic; `None` for the one that was tuned.
+            threshold: probability from which on a word is toxic; `None` for the one that was tuned.
             batch_size: windows of text at a time.
             progress: show a progress bar.
 
@@ -300,7 +301,7 @@ class SpanDetector(nn.Module):
         encoded = self.encode(texts)
         scores = self.token_scores(encoded, batch_size, progress)
         return [
-            spans_of(text, offsets, found, threshold)
+            spans_of(text, offsets, word_scores(text, offsets, found), threshold)
             for text, offsets, found in zip(texts, encoded.offsets, scores, strict=True)
         ]
 

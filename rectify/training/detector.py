@@ -116,7 +116,6 @@ def train_detector(
     callbacks = [*callbacks, *early_stopping(settings.early_stopping_patience, arguments), _GradientCheck()]
     checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **asdict(settings), texts_sha256=digest)
     set_seed(arguments.seed)
-    targets = settings.target_modules
     classifier = ToxicityClassifier.from_backbone(
         settings.model_name_or_path,
         revision=settings.model_revision,
@@ -127,7 +126,7 @@ def train_detector(
         lora_r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        target_modules=settings.target_modules,
     )
     use_fast_attention(cast(PreTrainedModel, classifier.model.get_base_model()), arguments)
     data, held = (

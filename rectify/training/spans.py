@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments, set_seed
 
 from rectify.detectors.classifier import pad
-from rectify.detectors.span_decoding import EncodedTexts, spans_of, token_labels
+from rectify.detectors.span_decoding import EncodedTexts, spans_of, token_labels, word_scores
 from rectify.detectors.spans import SpanDetector, pad_flags
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.span_f1 import character_f1
@@ -135,10 +135,11 @@ def tuned_threshold(
         scores: of each text `[n]`, how probably each token is toxic.
     """
     annotated = [row.spans for row in rows]
+    parts = zip(rows, encoded.offsets, scores, strict=True)
+    words = [(row.text, offsets, word_scores(row.text, offsets, score)) for row, offsets, score in parts]
     found = []
     for threshold in THRESHOLDS:
-        parts = zip(rows, encoded.offsets, scores, strict=True)
-        predicted = [spans_of(row.text, offsets, score, threshold) for row, offsets, score in parts]
+        predicted = [spans_of(text, offsets, score, threshold) for text, offsets, score in words]
         found.append(float(character_f1(predicted, annotated).mean()))
     best = int(np.argmax(found))
     return THRESHOLDS[best], found[best]
