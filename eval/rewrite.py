@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     made = rewrite(sentences, find, filler, score_with(load_scorer(arguments.scorer)), arguments.attempts)
     model, tokenizer = load_language_model(arguments.ppl_model, device=device)
-    encoder = SentenceEncoder.from_pretrained(arguments.encoder, device) if arguments.encoder else None
+    encoder = SentenceEncoder.from_pretrained(arguments.encoder, device=device) if arguments.encoder else None
     systems = {"copied": made.copied, "deleted": made.deleted, "filled": made.filled}
     figures = measure_rewrites(sentences, systems, load_scorer(arguments.judge), model, tokenizer, encoder)
     print(table(figures), end="", flush=True)

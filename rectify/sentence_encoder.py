@@ -7,22 +7,26 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.detectors.classifier import pad
+from rectify.adapters import quiet_loading
+from rectify.detectors.backbone import fingerprint_of
+from rectify.detectors.classifier import batches_by_length
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.hub import model_place
 
 
-class SentenceEncoder:
-    """The mean of an encoder's last states, over the tokens of a text, as a vector of length 1.
+class SentenceEncoder(nn.Module):
+    """A frozen model whose last hidden states, averaged over a text's tokens and scaled to length 1, stand for it.
+
+    As in sentence-transformers, the special tokens count. Make one with `from_pretrained`.
 
     Args:
-        model: any encoder of the Hugging Face form, in evaluation mode.
+        model: any encoder, or the trunk of a causal model, of the Hugging Face form.
         tokenizer: its tokenizer.
         max_length: tokens of a text that are read, from its start.
-        batch_size: texts at a time, of nearly equal length.
+        fingerprint: of its weights, see `fingerprint_of`.
 
     Source: Reimers and Gurevych, Sentence-BERT, EMNLP 2019 (arXiv 1908.10084).
 
@@ -33,50 +37,96 @@ class SentenceEncoder:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int = 256, batch_size: int = 64
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 256,
+        fingerprint: str | None = None,
     ) -> None:
-        if model.config.is_encoder_decoder:
-            raise InvalidArgumentError("the sentence encoder is an encoder-decoder: give an encoder")
-        self.model, self.tokenizer = cast(PreTrainedModel, model.eval()), tokenizer
-        self.max_length, self.batch_size = max_length, batch_size
+        super().__init__()
+        self.model, self.tokenizer, self.max_length, self.fingerprint = model, tokenizer, max_length, fingerprint
+        model.config.get_text_config().use_cache = False
+        tokenizer.truncation_side = "right"
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+        if not tokenizer.num_special_tokens_to_add() < max_length <= positions:
+            raise InvalidArgumentError(
+                f"max_length is {max_length}: give a number above {tokenizer.num_special_tokens_to_add()}, at most "
+                f"{positions}, what the encoder reads"
+            )
 
     @classmethod
-    def from_pretrained(cls, name: str, device: str | torch.device = "cpu") -> SentenceEncoder:
-        """The encoder of a folder or Hub id, in float32.
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        max_length: int = 256,
+        device: str | torch.device | None = None,
+    ) -> SentenceEncoder:
+        """Load an encoder, or the trunk of a causal model, in float32 and evaluation mode.
+
+        Args:
+            name: folder, bundled name or Hub id.
+            revision: of a Hub id.
+            max_length: tokens of a text that are read.
+            device: where to put it.
 
         Raises:
             CheckpointError: nothing usable is there.
+            InvalidArgumentError: it is an encoder-decoder, or reads fewer tokens.
         """
-        place = model_place(name)
+        place = model_place(name, revision)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place)
-            model = AutoModel.from_pretrained(place, dtype=torch.float32).to(device)
+            tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main")
+            with quiet_loading():
+                model = AutoModel.from_pretrained(place, revision=revision or "main", dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"sentence encoder {name!r} cannot be loaded ({first_line(error)}): give an encoder with its "
-                "tokenizer, as a folder or Hub id"
+                f"encoder {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
+                "give a model of text with its tokenizer"
             ) from error
-        return cls(model, tokenizer)
+        if model.config.is_encoder_decoder:
+            raise InvalidArgumentError(f"encoder {name!r} is an encoder-decoder: give an encoder or a causal model")
+        encoder = cls(model, tokenizer, max_length, fingerprint_of(place, model.config))
+        return encoder.requires_grad_(False).to(device=device).eval()
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the embeddings."""
+        return cast(int, self.model.config.get_text_config().hidden_size)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The embeddings of texts, `[B, H]` float32 of length 1, from `[B, T]` ids and mask, padded on the right."""
+        ids = input_ids.masked_fill(attention_mask == 0, self.tokenizer.pad_token_id or 0)
+        hidden = self.model(input_ids=ids, attention_mask=attention_mask).last_hidden_state
+        return nn.functional.normalize(masked_mean(hidden, attention_mask).float(), dim=-1)
 
     @torch.inference_mode()
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """`[N, H]` float32 vectors of length 1 on the CPU; zeros for a text without a token."""
-        rows: list[list[int]] = []
-        if texts:
-            rows = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]  # type: ignore[assignment]
-        found = torch.zeros(len(rows), self.model.config.get_text_config().hidden_size)
-        order = sorted((place for place, row in enumerate(rows) if row), key=lambda place: -len(rows[place]))
-        for start in range(0, len(order), self.batch_size):
-            places = order[start : start + self.batch_size]
-            ids, mask = (part.to(self.model.device) for part in pad([rows[place] for place in places]))
-            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-            found[places] = torch.nn.functional.normalize(masked_mean(hidden, mask), dim=-1).cpu()
-        return found
+    def embed(self, texts: Sequence[str], batch_size: int = 64, progress: bool = False) -> np.ndarray:
+        """The embeddings of texts.
+
+        Args:
+            texts: of any length; the first `max_length` tokens count.
+            batch_size: texts at a time, of nearly equal length.
+            progress: show a progress bar.
+
+        Returns:
+            `[N, H]` float32, each of length 1, or 0 where a text yields no token at all.
+        """
+        result = np.zeros((len(texts), self.hidden_size), dtype=np.float32)
+        if not texts:
+            return result
+        encoded = cast(
+            list[list[int]], self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        )
+        device = self.model.device
+        for places, ids, mask in batches_by_length(encoded, batch_size, progress):
+            result[places] = self(ids.to(device), mask.to(device)).cpu().numpy()
+        return result
 
     def similarity(self, texts: Sequence[str], others: Sequence[str]) -> np.ndarray:
-        """The cosine of each pair, `[N]` float64 from −1 to 1."""
-        first, second = self.encode(texts), self.encode(others)
-        return (first * second).sum(-1).double().numpy()
+        """The cosine of each pair, `[N]` float64 from −1 to 1; 0 where a text yields no token."""
+        return (self.embed(texts).astype(np.float64) * self.embed(others)).sum(-1)
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from rectify import CheckpointError, InvalidArgumentError
 from rectify.cli import main
 from rectify.detectors import AdapterBlend, GatedDetector, ToxicityClassifier, load_detector
 from rectify.detectors.classifier import pad
-from rectify.detectors.gate import AdapterGate, GateConfig, SentenceEncoder, make_network
+from rectify.detectors.gate import AdapterGate, GateConfig, make_network
 from rectify.detectors.gated import GatedConfig
 from rectify.scoring.load import load_scorer
+from rectify.sentence_encoder import SentenceEncoder
 from rectify.training.gate import GateSettings, gate_figures, source_weights, train_gate
 
 TEXTS = ["t5 t6 t2", "", "t7", "t8 t9 t10 t2 t2 " * 8, " \n", "t5 t6", "t2 t2"]

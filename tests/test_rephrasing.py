@@ -290,7 +290,7 @@ def test_rewrites_are_measured_beside_deletion(tmp_path, model, make_tokenizer):
     assert made.failures == {"hopeless": 1, "unsafe": 1}
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    encoder = SentenceEncoder(BertModel(BertConfig(vocab_size=97, **sizes)), tokenizer)
+    encoder = SentenceEncoder(BertModel(BertConfig(vocab_size=97, **sizes)).eval(), tokenizer)
     systems = {"copied": made.copied, "deleted": made.deleted, "filled": made.filled}
     figures = measure_rewrites(sentences, systems, judge, model, tokenizer, encoder)
     # what has no rewrite is not safe; the other figures are of the one sentence that each system has one of
@@ -315,10 +315,10 @@ def test_a_row_without_a_rewrite_is_refused(tmp_path):
 def test_embeddings_are_those_of_single_texts(make_tokenizer):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    encoder = SentenceEncoder(BertModel(BertConfig(vocab_size=97, **sizes)), make_tokenizer(), batch_size=2)
+    encoder = SentenceEncoder(BertModel(BertConfig(vocab_size=97, **sizes)).eval(), make_tokenizer())
     texts = ["t4 t5 t6", "", "t7", "t8 t9"]
-    together = encoder.encode(texts)
-    assert torch.allclose(together, torch.cat([encoder.encode([text]) for text in texts]), atol=1e-6)
+    together = torch.from_numpy(encoder.embed(texts, batch_size=2))
+    assert np.allclose(together, np.concatenate([encoder.embed([text]) for text in texts]), atol=1e-6)
     assert together.norm(dim=-1).tolist() == pytest.approx([1, 0, 1, 1])
     ids = torch.tensor([[4, 5, 6]])
     with torch.no_grad():

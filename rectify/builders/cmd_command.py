@@ -180,7 +180,7 @@ def _tools(arguments: argparse.Namespace, settings: CmdSettings) -> CmdTools:
     def similarity() -> Any:
         from rectify.sentence_encoder import SentenceEncoder
 
-        return SentenceEncoder.from_pretrained(arguments.similarity_model, device).similarity
+        return SentenceEncoder.from_pretrained(arguments.similarity_model, device=device).similarity
 
     names = {"find": arguments.span_detector, "filler": arguments.filler, "model": arguments.model}
     gate = arguments.similarity_model

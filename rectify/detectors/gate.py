@@ -6,20 +6,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.adapters import quiet_loading
-from rectify.detectors.backbone import fingerprint_of
-from rectify.detectors.classifier import batches_by_length, refusing
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
-from rectify.hub import checkpoint_folder, model_place
+from rectify.detectors.classifier import refusing
+from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
+from rectify.hub import checkpoint_folder
 from rectify.json_files import write_json
+from rectify.sentence_encoder import SentenceEncoder
 
 CONFIG_FILE, WEIGHTS_FILE = "gate_config.json", "gate.safetensors"
 FORMAT_VERSION = 1
@@ -61,98 +59,6 @@ class GateConfig:
             raise InvalidArgumentError(
                 f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
             )
-
-
-class SentenceEncoder(nn.Module):
-    """A frozen model whose last hidden states, averaged over a text's tokens and scaled to length 1, stand for it.
-
-    As in sentence-transformers, the special tokens count. Make one with `from_pretrained`.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, fingerprint: str | None
-    ) -> None:
-        super().__init__()
-        self.model, self.tokenizer, self.max_length, self.fingerprint = model, tokenizer, max_length, fingerprint
-        model.config.get_text_config().use_cache = False
-        tokenizer.truncation_side = "right"
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
-        if not tokenizer.num_special_tokens_to_add() < max_length <= positions:
-            raise InvalidArgumentError(
-                f"max_length is {max_length}: give a number above {tokenizer.num_special_tokens_to_add()}, at most "
-                f"{positions}, what the encoder reads"
-            )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str,
-        *,
-        revision: str | None = None,
-        max_length: int = 256,
-        device: str | torch.device | None = None,
-    ) -> SentenceEncoder:
-        """Load an encoder, or the trunk of a causal model, in float32 and evaluation mode.
-
-        Args:
-            name: folder, bundled name or Hub id.
-            revision: of a Hub id.
-            max_length: tokens of a text that are read.
-            device: where to put it.
-
-        Raises:
-            CheckpointError: nothing usable is there.
-            InvalidArgumentError: it is an encoder-decoder, or reads fewer tokens.
-        """
-        place = model_place(name, revision)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main")
-            with quiet_loading():
-                model = AutoModel.from_pretrained(place, revision=revision or "main", dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"encoder {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
-                "give a model of text with its tokenizer"
-            ) from error
-        if model.config.is_encoder_decoder:
-            raise InvalidArgumentError(f"encoder {name!r} is an encoder-decoder: give an encoder or a causal model")
-        encoder = cls(model, tokenizer, max_length, fingerprint_of(place, model.config))
-        return encoder.requires_grad_(False).to(device=device).eval()
-
-    @property
-    def hidden_size(self) -> int:
-        """The width of the embeddings."""
-        return cast(int, self.model.config.get_text_config().hidden_size)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The embeddings of texts, `[B, H]` float32 of length 1, from `[B, T]` ids and mask, padded on the right."""
-        ids = input_ids.masked_fill(attention_mask == 0, self.tokenizer.pad_token_id or 0)
-        hidden = self.model(input_ids=ids, attention_mask=attention_mask).last_hidden_state.float()
-        total = (hidden * attention_mask[..., None]).sum(1)
-        return nn.functional.normalize(total, dim=-1)  # the sum and the mean point the same way
-
-    @torch.inference_mode()
-    def embed(self, texts: Sequence[str], batch_size: int = 64, progress: bool = False) -> np.ndarray:
-        """The embeddings of texts.
-
-        Args:
-            texts: of any length; the first `max_length` tokens count.
-            batch_size: texts at a time, of nearly equal length.
-            progress: show a progress bar.
-
-        Returns:
-            `[N, H]` float32, each of length 1, or 0 where a text yields no token at all.
-        """
-        result = np.zeros((len(texts), self.hidden_size), dtype=np.float32)
-        if not texts:
-            return result
-        encoded = cast(
-            list[list[int]], self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
-        )
-        device = self.model.device
-        for places, ids, mask in batches_by_length(encoded, batch_size, progress):
-            result[places] = self(ids.to(device), mask.to(device)).cpu().numpy()
-        return result
 
 
 class AdapterGate(nn.Module):

@@ -18,12 +18,13 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from rectify.detectors import classifier
 from rectify.detectors.adapter_blend import AdapterBlend
 from rectify.detectors.classifier import batches_by_length
-from rectify.detectors.gate import AdapterGate, GateConfig, SentenceEncoder
+from rectify.detectors.gate import AdapterGate, GateConfig
 from rectify.detectors.gated import Blending, GatedConfig, GatedDetector, check_names
 from rectify.detectors.routing import Routing
 from rectify.errors import InvalidArgumentError
 from rectify.hub import checkpoint_folder, files_digest
 from rectify.json_files import sha256_of, write_json
+from rectify.sentence_encoder import SentenceEncoder
 from rectify.training.detector import RESULTS_FILE, early_stopping, fit_calibration
 from rectify.training.detector_figures import scikit_learn, validation_figures
 from rectify.training.resumable_array import ResumableArray
