@@ -4,6 +4,7 @@ import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run the tests
 
 import numpy as np
 import pytest
