@@ -75,7 +75,7 @@ def completing(tokenizer, forms, ids):
         (["asshole"], "such an Ass", [" asshole", "hole"]),
         (["white trash"], "they are white", [" trash"]),
         (["white trash"], "they are", []),
-        (["NaCl"], "some Na", {"Cl"}),  # as it is listed
+        (["NaCl"], "some Na", ["Cl"]),  # as it is listed
         (["ass", "damn"], "my", [" ass", " Ass", " damn", " Damn"]),
     ],
     ids=str,
