@@ -316,11 +316,11 @@ def flags(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("command")
     SpanDetector.from_backbone("pocket", lora_r=2).save_pretrained(folder / "spans")
-    texts = ["You are such a stupid idiot", "What a fool you are", "The weather was fine", "Come in", "Shut up, you"]
+    texts = ["You are such a stupid idiot", "What a fool you are", "The weather was fine", "Come in"]
     (folder / "texts.txt").write_text("\n".join(texts))
     given = {"--texts": folder / "texts.txt", "--scorer": "stub", "--span_detector": folder / "spans"}
     given |= {"--model": "pocket", "--n": 3, "--max_new_tokens": 4, "--min_new_tokens": 2, "--negative": 0, "--seed": 2}
-    given |= {"--batch_size": 2, "--validation_share": 0, "--device": "cpu", "--attempts": 6}
+    given |= {"--batch_size": 2, "--validation_share": 0, "--device": "cpu", "--attempts": 2}
     return [str(item) for pair in given.items() for item in pair]
 
 

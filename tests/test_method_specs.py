@@ -7,6 +7,7 @@ import pytest
 from rectify import InvalidArgumentError
 from rectify.methods.base import Base
 from rectify.methods.best_of_n import BestOfN
+from rectify.methods.cmd import Cmd, CmdWith
 from rectify.methods.dexperts import DExperts
 from rectify.methods.rectification import Detector, Rectify, RectifyWithDetector, Static
 from rectify.methods.reward_reranking import RewardReranking
@@ -108,6 +109,15 @@ SPECS = [
         12.5,
     ),
     ("best_of_n", BestOfN(), "best_of_n,n=4", "best_of_n", "n", 4),
+    ("cmd:a,chain=greedy", Cmd("greedy", path="a"), "cmd:a,chain=greedy", "cmd:a,chain=greedy", None, None),
+    (
+        "cmd:a+rectify:q,beta=4",
+        CmdWith(Cmd(path="a"), Rectify(beta=4.0, path="q")),
+        "cmd:a+rectify:q,beta=4",
+        "cmd:a+rectify:q",
+        "beta",
+        4,
+    ),
     ("best_of_n:d,n=16", BestOfN(16, path="d"), "best_of_n:d,n=16", "best_of_n:d", "n", 16),
 ]
 
@@ -125,7 +135,7 @@ def test_what_a_spec_means(spec, method, label, family, strength, value):
 
 
 def test_every_method_has_a_name_and_a_source():
-    assert {type(method) for _, method, *_ in SPECS} == {*METHODS.values(), RectifyWithDetector}
+    assert {type(method) for _, method, *_ in SPECS} == {*METHODS.values(), RectifyWithDetector, CmdWith}
     assert all(kind.name == name and kind.source for name, kind in METHODS.items())
 
 

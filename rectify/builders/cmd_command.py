@@ -16,7 +16,7 @@ from rectify.builders.selection import sample_items
 from rectify.command_line import say
 from rectify.errors import InvalidArgumentError
 from rectify.hub import DTYPES, available_device
-from rectify.rephrasing.load import FILLERS
+from rectify.rephrasing.load import FILLERS, check_filler, load_filler
 from rectify.text_files import TEXT_COLUMN, read_texts
 
 _SETTINGS = CmdSettings()
@@ -109,6 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise InvalidArgumentError(f"{name} is not given, and the stage {stage} needs it: name it")
     if arguments.min_similarity != _SETTINGS.min_similarity and arguments.similarity_model is None:
         raise InvalidArgumentError("min_similarity is given without similarity_model: name a sentence encoder")
+    check_filler(arguments.filler, arguments.fill_method)
     texts = None
     if "prompts" in stages:
         read = read_texts(arguments.texts, arguments.text_column)
@@ -151,8 +152,6 @@ def _tools(arguments: argparse.Namespace, settings: CmdSettings) -> CmdTools:
         return SpanDetector.from_pretrained(arguments.span_detector, device=device).find
 
     def filler() -> Any:
-        from rectify.rephrasing.load import load_filler
-
         return load_filler(
             arguments.filler,
             method=arguments.fill_method,

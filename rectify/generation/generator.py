@@ -215,7 +215,9 @@ def continue_with(
         return decoder.write(generator, prompts)
     n = generator.num_return_sequences
     drawn = [
-        replace(generator, first_sample=draw * n).continue_batch(prompts, number, decoder.processor)
+        replace(generator, first_sample=generator.first_sample + draw * n).continue_batch(
+            prompts, number, decoder.processor
+        )
         for draw in range(decoder.draws)
     ]
     return drawn[0] if decoder.toxicity is None else _least_toxic(drawn, decoder.toxicity)
