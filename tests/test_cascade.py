@@ -138,7 +138,9 @@ LABELLED = [("You are an idiot", 1), ("Have a nice day", 0), ("shut your stupid 
 
 
 def write_texts(path):
-    path.write_text("comment,kind\n" + "".join(f"{text},{'bad' if label else 'ok'}\n" for text, label in LABELLED * 3))
+    """Each text four times, once with the other label, as labels that can be foretold without fail have no scale."""
+    rows = [(text, label ^ wrong) for text, label in LABELLED for wrong in (0, 0, 0, 1)]
+    path.write_text("comment,kind\n" + "".join(f"{text},{'bad' if label else 'ok'}\n" for text, label in rows))
     return path
 
 
@@ -151,9 +153,11 @@ def test_a_cascade_is_made_used_as_a_scorer_and_by_the_verb(tmp_path, capsys):
     )
     assert code == 0, err
     config = CascadeConfig.from_pretrained(output)
-    assert config.training["validation"]["n"] == 12
+    assert config.training["validation"]["n"] == 16
     assert config.training["validation"]["escalated"] == 0.5
     assert (output / "cascade.png").exists()
+    config.threshold -= 1e-6  # it is one text's confidence, which another batch may round otherwise
+    config.save_pretrained(output)
     plain = [text for text, _ in LABELLED]
     first = load_scorer("detector:pocket-reward", device="cpu").score(plain)["TOXICITY"]
     asked = config.escalated(first)
@@ -170,7 +174,7 @@ def test_a_cascade_is_made_used_as_a_scorer_and_by_the_verb(tmp_path, capsys):
     code, _, err = run_command(main, capsys, *call, "--output", found, "--csv", table)
     assert code == 0, err
     records = [json.loads(line) for line in found.read_text().splitlines()]
-    assert [record["decided_by"] == config.large for record in records] == list(np.tile(asked, 3))
+    assert [record["decided_by"] == config.large for record in records] == list(np.repeat(asked, 4))
     assert all(record["label"] == ("toxic" if record["toxicity"] >= 0.5 else "non-toxic") for record in records)
     assert [record["confidence"] for record in records] == pytest.approx(
         confidence(np.array([record["toxicity"] for record in records]))

@@ -218,7 +218,7 @@ class _Stage:
             "n": len(truth),
             "unparsed": int((~known).sum()),
             "accuracy": float((said == truth).mean()),
-            "macro_f1": float(
+            "f1_macro": float(
                 scikit_learn().f1_score(truth, said, labels=range(len(labels)), average="macro", zero_division=0.0)
             ),
         }
