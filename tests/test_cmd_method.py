@@ -174,8 +174,11 @@ def test_a_model_writes_until_the_marker(place, loaded, make):
     decoder = parse_method(f"cmd:{place / 'adapter'},chain_tokens=6,chain=greedy").bind(*loaded, GIVEN)
     for row in continue_with(make(), prompts, decoder):
         assert len(set(row)) == 1
-    long = Prompt("word " * 250)
-    (row,) = continue_with(make(), [long], decoder)
+    # one that leaves little room shortens no other chain
+    middle, long = Prompt("word " * 217), Prompt("word " * 250)
+    short, cut, row = continue_with(make(), [prompts[0], middle, long], decoder)
+    assert short == continue_with(make(), prompts[:1], decoder)[0]
+    assert cut[0].failure == Malformed.UNFINISHED
     assert row == [Continuation("", (), failure=str(Malformed.TOO_LONG))] * 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
@@ -125,19 +126,18 @@ class ChainWriter:
         n = own.num_return_sequences
         frames = [cast(list[int], self.tokenizer(frame(prompt.text))["input_ids"]) for prompt in prompts]
         context = shared_context(self.model)
-        room = [
-            self.chain_tokens if context is None else min(self.chain_tokens, context - len(ids) - own.max_new_tokens)
-            for ids in frames
-        ]
+        # those with less room than others are written by themselves, so that they shorten no other chain
+        groups: dict[int, list[int]] = defaultdict(list)
+        for place, ids in enumerate(frames):
+            room = self.chain_tokens if context is None else context - len(ids) - own.max_new_tokens
+            groups[min(self.chain_tokens, room)].append(place)
         found = [[Continuation("", (), failure=str(Malformed.TOO_LONG))] * n for _ in prompts]
-        fitting = [place for place, tokens in enumerate(room) if tokens > 0]
-        if not fitting:
-            return found
-        some = [prompts[place] for place in fitting]
-        rows = self._reason(own, some, [frames[place] for place in fitting], min(room[place] for place in fitting))
-        made = self._continue(own, some, [frames[place] for place in fitting], rows)
-        for place, start in zip(fitting, range(0, len(made), n), strict=True):
-            found[place] = made[start : start + n]
+        for limit, places in groups.items():
+            if limit > 0:
+                some, given = [prompts[place] for place in places], [frames[place] for place in places]
+                made = self._continue(own, some, given, self._reason(own, some, given, limit))
+                for place, start in zip(places, range(0, len(made), n), strict=True):
+                    found[place] = made[start : start + n]
         return found
 
     def _reason(

@@ -96,8 +96,7 @@ def train_chains(
     """
     folder = Path(str(arguments.output_dir))
     name, revision = settings.model_name_or_path, settings.model_revision
-    if AutoConfig.from_pretrained(model_place(name, revision), revision=revision or "main").is_encoder_decoder:
-        raise InvalidArgumentError(f"model {name!r} is an encoder-decoder: give a causal model, which writes chains on")
+    _refuse_encoder_decoder(name, revision)
     if settings.contrastive_weight:
         check_contrast(train, "train_file")
     checkpoint = checkpoint_to_resume(
@@ -161,6 +160,17 @@ def train_chains(
         config.save_pretrained(folder)
         write_json(folder / RESULTS_FILE, results)
     return config
+
+
+def _refuse_encoder_decoder(name: str, revision: str | None) -> None:
+    place = model_place(name, revision)
+    try:
+        config = AutoConfig.from_pretrained(place, revision=revision or "main")
+    except (OSError, ValueError, KeyError):
+        return  # to be refused when it is loaded
+    # of some, transformers would make a causal model of the decoder alone
+    if config.is_encoder_decoder:
+        raise InvalidArgumentError(f"model {name!r} is an encoder-decoder: give a causal model, which writes chains on")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
