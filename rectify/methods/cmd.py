@@ -187,7 +187,7 @@ class ChainWriter:
         keys = own.keys(prompts)
         # the marker that closes a continuation is an end too
         least = MinNewTokensLengthLogitsProcessor(
-            ids.shape[1], own.min_new_tokens, [self._close[0]], device=self.model.device
+            ids.shape[1], own.min_new_tokens, [self._close[0]], device=str(self.model.device)
         )
         new = own.new_tokens(
             ids,
