@@ -184,6 +184,23 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise TrajectoryError(f"texts {str(path)!r} holds no text: give one JSON value, row or text a line")
 
 
+def read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """The records of a file of JSON lines or of a single JSON list, each with how to name its place in a message.
+
+    Raises:
+        TrajectoryError: the file cannot be read or holds no record, or a line cannot be used.
+    """
+    try:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):  # several lines, or what `read_rows` says better
+        records = None
+    if not isinstance(records, list) or not records:
+        yield from read_rows(path)
+        return
+    for number, record in enumerate(records):
+        yield f"texts {str(path)!r}, record {number}", record
+
+
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in _text_rows(path):
         try:

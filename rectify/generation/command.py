@@ -47,6 +47,7 @@ def make_parser(prog: str) -> Parser:
         help='JSON lines, "-" for standard input: strings, {"prompt": "…"} or RealToxicityPrompts records',
     )
     source.add_argument("--skip_bad_lines", action="store_true", help="count unusable lines and go on")
+    source.add_argument("--chat", action="store_true", help="prompts are questions for the model's chat template")
     parser.add_argument(
         "--method",
         metavar="NAME[:PATH][,key=value…]",
@@ -167,6 +168,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.min_new_tokens,
         arguments.num_return_sequences,
         arguments.seed,
+        chat=arguments.chat,
     )
     prompts, skipped = _fitting(generator, prompts, decoder, arguments.skip_bad_lines)
     if skipped:
@@ -235,7 +237,7 @@ def _settings(
         "seed": generator.seed,
         "batch_size": arguments.batch_size,
         "prompts": sha256_of([prompt.record for prompt in prompts]),
-    }
+    } | ({"chat": True} if generator.chat else {})  # outputs without it go on as they were begun
 
 
 def _write(generator: Generator, arms: Arms, prompts: list[Prompt], batch_size: int, file: GenerationFile) -> None:

@@ -10,8 +10,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.chat import chat_prompt
 from rectify.generation.prompts import Prompt
 from rectify.keyed_noise import KeyedSampling, row_keys
 from rectify.methods.method import Decoder, MethodProcessor
@@ -45,6 +46,7 @@ class Generator:
         max_new_tokens, min_new_tokens, num_return_sequences: as in `generate`.
         seed: with a prompt's key it determines its samples.
         first_sample: the number of the first sample of each prompt, by which its noise is keyed.
+        chat: prompts are a user's questions, put into the tokenizer's chat template.
     """
 
     model: PreTrainedModel
@@ -55,12 +57,23 @@ class Generator:
     num_return_sequences: int = 1
     seed: int = 0
     first_sample: int = 0
+    chat: bool = False
+
+    def encode(self, prompts: Sequence[Prompt], **how: Any) -> BatchEncoding:
+        """The tokens of prompts, as the model reads them.
+
+        Raises:
+            InvalidArgumentError: the tokenizer has no chat template where one is needed.
+        """
+        texts = [chat_prompt(self.tokenizer, prompt.text) if self.chat else prompt.text for prompt in prompts]
+        # a chat template holds its special tokens itself
+        return self.tokenizer(texts, add_special_tokens=not self.chat, **how)
 
     def unusable(self, prompts: list[Prompt], context: int | None) -> dict[int, str]:
         """The prompts that make no token, or leave no room for the new ones: their indices and what is wrong."""
         found = {}
         for index, prompt in enumerate(prompts):
-            length = len(self.tokenizer(prompt.text)["input_ids"])
+            length = len(self.encode([prompt])["input_ids"][0])
             if not length:
                 found[index] = "the model's tokenizer makes no token of it: give other words"
             elif context is not None and length + self.max_new_tokens > context:
@@ -96,8 +109,8 @@ class Generator:
             number: the batch's number, which keys the random numbers of beam sampling.
             processor: a method's; `None` for the model as it is.
         """
-        inputs = self.tokenizer([prompt.text for prompt in prompts], return_tensors="pt", padding=True)
-        inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        encoded = self.encode(prompts, return_tensors="pt", padding=True)
+        inputs = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         length, n = inputs["input_ids"].shape[1], self.num_return_sequences
         if processor is not None:
             processor.set_attention_mask(inputs["attention_mask"])
@@ -140,7 +153,7 @@ class Generator:
 
     def risks(self, processor: RectificationProcessor, prompt: Prompt, continuation: Continuation) -> list[float]:
         """The risk of each token of a continuation, from 0 to 1."""
-        prefix = self.tokenizer(prompt.text)["input_ids"]
+        prefix = self.encode([prompt])["input_ids"][0]
         ids = torch.tensor([[*prefix, *continuation.token_ids]])
         risks: Tensor = token_risks(processor.q_network, ids)
         return risks[0, len(prefix) :].tolist()

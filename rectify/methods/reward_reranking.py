@@ -47,7 +47,7 @@ class PrefixToxicity:
                 f"backbone {classifier.config.base_model!r} has {own.size} tokens: train one on a backbone of this "
                 "vocabulary"
             )
-        inner = cast(Any, classifier.model.get_base_model())
+        inner = cast(Any, classifier.inner)
         self.classifier = classifier
         self._states = CausalStates(cast(PreTrainedModel, inner.base_model))
         self._memo = PrefixMemo(self._states)

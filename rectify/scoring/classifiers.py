@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rectify.detectors import ToxicityClassifier
 from rectify.detectors.classifier import pad
@@ -42,13 +42,7 @@ class DetectorScorer:
         self._outputs = outputs_by_attribute(config.labels)
         self._batch_size = batch_size
         self.attributes = tuple(self._outputs)
-        backbone = model_place(config.base_model, config.base_revision)
-        folder = checkpoint_folder(name)
-        if isinstance(backbone, Path):
-            self.revision = files_digest(folder, backbone, suffixes=_MODEL_FILES)
-        else:
-            commit = cast(PreTrainedModel, self._classifier.model.get_base_model()).config._commit_hash
-            self.revision = f"{files_digest(folder, suffixes=_MODEL_FILES)} on {commit}"
+        self.revision = classifier_revision(self._classifier, checkpoint_folder(name))
 
     def score(self, texts: Sequence[str], attributes: Sequence[str] = ("TOXICITY",)) -> Scores:
         """Score texts by their first `max_length` tokens; see `Scorer.score`."""
@@ -57,6 +51,16 @@ class DetectorScorer:
         return _scores(
             texts, asked, lambda some: self._classifier.label_probabilities(some, self._batch_size)[:, places]
         )
+
+
+def classifier_revision(classifier: ToxicityClassifier, folder: Path) -> str:
+    """What a classifier that was loaded from a folder computes: its files and its backbone's."""
+    if not isinstance(classifier.model, PeftModel):  # nothing is anywhere else
+        return files_digest(folder, suffixes=_MODEL_FILES)
+    backbone = model_place(classifier.config.base_model, classifier.config.base_revision)
+    if isinstance(backbone, Path):
+        return files_digest(folder, backbone, suffixes=_MODEL_FILES)
+    return f"{files_digest(folder, suffixes=_MODEL_FILES)} on {classifier.inner.config._commit_hash}"
 
 
 class HfScorer:

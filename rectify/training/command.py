@@ -6,6 +6,7 @@ from rectify.command_line import Parser
 
 KINDS = {
     "detector": "a toxicity classifier, from labelled texts",
+    "moderation": "a moderation of questions with their answers in categories of harm, from judged pairs",
     "scorer": "a scorer in place of Perspective, from texts with scores",
     "experts": "the expert and the anti-expert of DExperts, from labelled texts; a baseline",
     "q": "a dead-end Q network, from trajectories; the same as train_q.py",
@@ -25,6 +26,8 @@ def main(argv: list[str] | None = None, prog: str = "rectify train") -> int:
     # kinds are imported when called, as verbs are
     if kind == "detector":
         from rectify.training.detector_command import main as train
+    elif kind == "moderation":
+        from rectify.training.moderation_command import main as train
     elif kind == "scorer":
         from rectify.training.scorer_command import main as train
     elif kind == "experts":
