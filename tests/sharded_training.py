@@ -46,7 +46,7 @@ def batch_of(moderation, rows):
 
 
 def sharded(rank, backbone, folder, lora_r):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(str(folder / f"store-{lora_r}"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     moderation = make(backbone, lora_r)

@@ -138,15 +138,8 @@ def test_the_script(tmp_path, capsys):
     records = write_lines(tmp_path / "records.jsonl", rows)
     (tmp_path / "judged.json").write_text(json.dumps([one | {"flagged": {"human": True}} for one in JUDGED]))
     flags = ["--moderations", f"a={folders['a']}", f"b={folders['b']}", "--reference", "b", "--records", records]
-    flags += [
-        "--judged",
-        str(tmp_path / "judged.json"),
-        "--models",
-        "one",
-        "gone",
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
+    flags += ["--judged", str(tmp_path / "judged.json")]
+    flags += ["--models", "one", "gone", "--output_dir", str(tmp_path / "run")]
     assert main(flags) == 0
     said = capsys.readouterr()
     assert "judged: no answers of gone, which are left out" in said.err
@@ -160,6 +153,6 @@ def test_the_script(tmp_path, capsys):
     assert [one["flagged"]["moderation"] for one in evaluation] == [one["flagged"] for one in predictions]
     assert json.loads((folder / "agreement.json").read_text())["missing_models"] == ["gone"]
     assert (folder / "flagged-proportion.png").read_bytes()[:4] == b"\x89PNG"
-    assert main([*flags[:-4], "--models", "gone", "--output_dir", str(tmp_path / "run")]) == 2
+    assert main([*flags[:-5], "--models", "gone", "--output_dir", str(tmp_path / "run")]) == 2
     assert "has no answer of them: give some of one, two" in capsys.readouterr().err
     assert main(["--moderations", "a", "--output_dir", str(tmp_path)]) == 2

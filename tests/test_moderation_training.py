@@ -127,13 +127,13 @@ def test_thresholds_have_the_highest_f1():
 
 def test_the_command(tmp_path, capsys):
     backbone = write_backbone(tmp_path / "backbone")
-    file = write_lines(tmp_path / "votes.jsonl", votes(56))
+    file = write_lines(tmp_path / "votes.jsonl", votes(28))
     flags = ["train", "moderation", "--model_name_or_path", backbone, "--train_files", file, "--max_length", "48"]
     flags += ["--output_dir", str(tmp_path / "out"), "--soft_labels", "--validation_share", "0.3", "--use_cpu"]
     flags += ["--num_train_epochs", "3", "--learning_rate", "0.02", "--class_weights", "balanced", "--lora_r", "4"]
     assert main([*flags, "--disable_tqdm", "True", "--bf16", "True", "--gradient_checkpointing", "True"]) == 0
     said = capsys.readouterr().err
-    assert "224 joined with others of the same question and answer" in said
+    assert "112 joined with others of the same question and answer" in said
     assert "flagged, thresholds tuned: accuracy" in said
     assert "categories, macro: f1" in said
     assert "0 cut to 48 tokens" in said

@@ -131,7 +131,7 @@ class ToxicityClassifier(nn.Module):
         name: str,
         *,
         revision: str | None = None,
-        labels: Sequence[str] = ("toxic",),
+        labels: Sequence[str] | None = None,
         form: Form = "sequence",
         quantization: Quantization = "none",
         max_length: int = 256,
@@ -146,7 +146,7 @@ class ToxicityClassifier(nn.Module):
         Args:
             name: folder, `"pocket"` or Hub id of a model and its tokenizer.
             revision: of a Hub id.
-            labels, form, quantization, max_length: see `DetectorConfig`.
+            labels, form, quantization, max_length: see `DetectorConfig`; without labels, those of `config_class`.
             lora_r, lora_alpha, lora_dropout: rank, scale and dropout of the adapter; of rank 0 there is none, and all
                 weights are trained.
             target_modules: names of the modules that are adapted; `"all-linear"` for all linear ones but the head.
@@ -163,14 +163,14 @@ class ToxicityClassifier(nn.Module):
             base_revision=revision,
             quantization=quantization,
             max_length=max_length,
-            labels=list(labels),
             form=form,
+            **({} if labels is None else {"labels": list(labels)}),
             **settings,
         )
         if lora_r == 0 and quantization != "none":
             raise InvalidArgumentError(f"lora_r is 0 with quantization {quantization!r}: give a rank, or none")
         inner, tokenizer, fresh, config.base_fingerprint = load_backbone(
-            name, revision, len(labels), quantization=quantization
+            name, revision, len(config.labels), quantization=quantization
         )
         config.base_revision = getattr(inner.config, "_commit_hash", None) or revision
         cls._complete(inner, tokenizer)
@@ -261,7 +261,7 @@ class ToxicityClassifier(nn.Module):
     def _read_config(cls, folder: Path) -> DetectorConfig:
         """The configuration in a folder."""
         if not (folder / CONFIG_FILE).exists():
-            raise CheckpointError(f"there is no {CONFIG_FILE}: give a folder written by save_pretrained")
+            raise CheckpointError(f"it holds no {CONFIG_FILE}: give a folder written by save_pretrained")
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if unknown := set(values) - {each.name for each in fields(cls.config_class)}:
             raise CheckpointError(

@@ -97,7 +97,7 @@ class Record:
         attributes: Sequence[str],
         values: np.ndarray,
         reasons: Sequence[Reason | None],
-        verdicts: Sequence[dict[str, Any] | None] | None = None,
+        verdicts: Sequence[dict[str, Any] | None] = (),
     ) -> dict[str, Any]:
         """The record with `scores` beside each of its texts, and `score_error` where one is lacking.
 
@@ -108,11 +108,10 @@ class Record:
             attributes: the A attributes.
             values: `[texts, A]`, NaN where there is no score.
             reasons: for each text `None`, or why it lacks one.
-            verdicts: for each text what stands beside it as `moderation`, if anything does.
+            verdicts: of a scorer that makes some, for each text what stands beside it as `moderation`, or `None`.
         """
         value = copy.deepcopy(self.value)
-        verdicts = verdicts or [None] * len(self.places)
-        for place, row, reason, verdict in zip(self.places, values, reasons, verdicts, strict=True):
+        for number, (place, row, reason) in enumerate(zip(self.places, values, reasons, strict=True)):
             holder = at(value, place)
             if not isinstance(holder, dict):
                 holder = {TEXT_COLUMN: holder}
@@ -122,8 +121,10 @@ class Record:
                     value = holder
             holder.pop(SCORES, None)
             holder.pop(ERROR, None)
-            if verdict is not None:
-                holder[VERDICT] = verdict
+            if verdicts:
+                holder.pop(VERDICT, None)
+                if (verdict := verdicts[number]) is not None:
+                    holder[VERDICT] = verdict
             known = {name: float(score) for name, score in zip(attributes, row, strict=True) if not np.isnan(score)}
             if known:
                 holder[SCORES] = known

@@ -19,7 +19,7 @@ from rectify.command_line import say
 from rectify.errors import InvalidArgumentError
 from rectify.generation.output import GenerationFile, json_line, sha256_of
 from rectify.scoring.records import ERROR, SCORES, VERDICT, Place, Record, at, read_records
-from rectify.scoring.scores import Reason, Scorer, check_attributes, is_judge
+from rectify.scoring.scores import Judge, Reason, Scorer, Scores, check_attributes, is_judge
 from rectify.scoring.streams import gathered, parts
 from rectify.text_files import TEXT_COLUMN
 
@@ -74,13 +74,15 @@ class Tally:
 
     Attributes:
         attributes: what was scored.
+        judged: whether there are verdicts.
         texts: how many there were.
         failures: how many lack a score, by reason.
-        flagged: of those with a verdict, how many it flags and how many it does not.
+        flagged: how many verdicts flag a text, and how many do not.
         counts, totals, toxic: of each attribute how many scores, their sum, and how many of 0.5 or more.
     """
 
     attributes: tuple[str, ...]
+    judged: bool = False
     texts: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     flagged: Counter[bool] = field(default_factory=Counter)
@@ -95,7 +97,7 @@ class Tally:
             self.texts += 1
             if ERROR in holder:
                 self.failures[holder[ERROR]] += 1
-            elif VERDICT in holder:
+            elif self.judged:
                 self.flagged[holder[VERDICT]["flagged"]] += 1
             for attribute, value in holder.get(SCORES, {}).items():
                 self.counts[attribute] += 1
@@ -155,10 +157,7 @@ def scored_parts(
             found += part
             progress(len(part))
         scores = gathered(found, len(texts), every)
-        verdicts = [
-            None if judge is None or reason is not None else judge.verdict(row[decisive])
-            for row, reason in zip(scores.values, scores.reasons, strict=True)
-        ]
+        verdicts = [] if judge is None else _verdicts(judge, scores, decisive)
         done, start = [], 0
         for record in some:
             end = start + len(record.texts)
@@ -166,6 +165,14 @@ def scored_parts(
             done.append((record, record.scored(asked, values, reasons, verdicts[start:end])))
             start = end
         yield done
+
+
+def _verdicts(judge: Judge, scores: Scores, columns: list[int]) -> list[dict[str, Any] | None]:
+    """What is said of each text that has all its scores."""
+    return [
+        judge.verdict(row[columns]) if reason is None else None
+        for row, reason in zip(scores.values, scores.reasons, strict=True)
+    ]
 
 
 def _parts_of(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
@@ -199,7 +206,7 @@ def write_scores(
         RectifyError: the scorer cannot go on.
     """
     total, asked = inputs.total, check_attributes(scorer, attributes)
-    tally = Tally(asked)
+    tally = Tally(asked, is_judge(scorer))
     records = iter(inputs)
     file = None
     if output is not None:
