@@ -26,18 +26,21 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("lora_r", [0, 4], ids=["whole", "adapter in bfloat16"])
-def test_two_processes_hold_half_and_learn_what_one_learns(place, lora_r):
+@pytest.mark.parametrize(
+    ("lora_r", "of_losses", "of_probabilities"),
+    [(0, 1e-5, 1e-4), (4, 0.03, 0.25)],
+    ids=["whole", "adapter in bfloat16"],
+)
+def test_two_processes_hold_half_and_learn_what_one_learns(place, lora_r, of_losses, of_probabilities):
     report = json.loads((place / f"report-{lora_r}.json").read_text())
     assert report["not_sharded"] == []
     assert report["held"] == pytest.approx(report["all"] / 2, rel=0.02)
     moderation = make(str(place / "backbone"), lora_r)
     alone = losses(_Training(moderation.train(), None), batch_of(moderation, range(4)))
-    near = 1e-4 if lora_r == 0 else 0.05
-    assert report["losses"] == pytest.approx(alone.tolist(), abs=near)
+    assert report["losses"] == pytest.approx(alone.tolist(), abs=of_losses)
     assert alone[-1] < alone[0]
     loaded = QAModeration.from_pretrained(place / f"saved-{lora_r}")
     assert loaded.label_probabilities(PAIRS) == pytest.approx(
-        moderation.eval().label_probabilities(PAIRS), abs=20 * near
+        moderation.eval().label_probabilities(PAIRS), abs=of_probabilities
     )
     assert not any(isinstance(each, torch.distributed.tensor.DTensor) for each in loaded.parameters())
