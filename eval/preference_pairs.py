@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rectify.command_line import Parser, execute, say
 from rectify.evaluation.preference_pairs import preference_records
-from rectify.generation.output import write_records
+from rectify.json_files import write_records
 from rectify.splits import split_by_hash
 from rectify.training.moderation import prompt_key
 

@@ -6,9 +6,10 @@ import sys
 
 VERBS = {
     "generate": "continue prompts with a language model, as it is or by a method",
-    "build": "make training data: trajectories of the Q network",
-    "train": "train a Q network, a toxicity classifier, a scorer, or a baseline",
+    "build": "make training data: trajectories of the Q network, spans by a scorer, chains of self-detoxification",
+    "train": "train a Q network, a toxicity classifier, a scorer, a span detector, a self-detoxifier, or a baseline",
     "score": "score the texts of files, by a local scorer or the Perspective API",
+    "detect": "say of texts whether they are toxic, how surely, why, and who decided",
     "serve": "a local server in place of the Perspective API",
     "import": "turn a checkpoint of the published system into a Q network",
 }
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         from rectify.training.command import main as verb
     elif argv[0] == "score":
         from rectify.scoring.score_command import main as verb
+    elif argv[0] == "detect":
+        from rectify.detectors.detect_command import main as verb
     elif argv[0] == "serve":
         from rectify.scoring.serve_command import main as verb
     elif argv[0] == "import":

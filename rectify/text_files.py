@@ -1,10 +1,11 @@
-"""Text files: texts, and their labels, from JSON lines, CSV, TSV and plain text."""
+"""Text files: texts, and their labels or spans, from JSON lines, CSV, TSV and plain text."""
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from rectify.errors import InvalidArgumentError, TrajectoryError
 
 TEXT_COLUMN = "text"
+SPANS_COLUMN = "spans"
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LONGEST_CELL = 2**24  # characters; the csv module's own limit, 2**17, is below what long documents need
@@ -25,12 +27,20 @@ class LabelledText(NamedTuple):
     label: float
 
 
+class AnnotatedText(NamedTuple):
+    """A text and its toxic spans, `(start, end)` in Python's places, end exclusive; sorted, without overlaps."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
 def read_texts(paths: Sequence[str | Path], text_columns: Sequence[str] = (TEXT_COLUMN,)) -> list[str]:
     """The texts of files, in their order.
 
     Args:
-        paths: `.csv` and `.tsv` files with a header, `.txt` files of one text a line, and others of JSON lines:
-            strings, objects with the column, or RealToxicityPrompts records. Blank lines are passed over.
+        paths: `.csv` and `.tsv` files with a header, `.txt` files of one text a line, `.json` files of one list, and
+            others of JSON lines: strings, objects with the column, or RealToxicityPrompts records. Blank lines are
+            passed over.
         text_columns: where an object or a row holds the text, once for all files or once for each; its value may also
             be `{"text": …}`. An object without the column `text` may have `prompt` in its place.
 
@@ -141,6 +151,49 @@ class LabelValues:
         return self._labels[word]
 
 
+def named_rows(
+    path: str | Path, text_column: str, label_column: str, names: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, Any], str, str]]:
+    """The rows of a file whose labels are classes: how to name the place of each, the row, its text, and its class.
+
+    Args:
+        path: as in `read_labelled_texts`.
+        text_column, label_column: where text and label are.
+        names: the class that each value of the label column means; an empty one where such rows are left out.
+
+    Raises:
+        TrajectoryError: as in `read_labelled_texts`, or `names` lacks a value.
+    """
+    known = {_word(value): name for value, name in names.items()}
+    for place, row in read_rows(Path(path)):
+        if not isinstance(row, dict):
+            raise TrajectoryError(f"{place}: no object with columns: give JSON objects, or a .csv or .tsv file")
+        value = _cell(row, label_column, "label_column", place)
+        word = _word(value)
+        if word not in known:
+            raise TrajectoryError(
+                f"{place}: {label_column} is {value!r}, which is none of {', '.join(known)}: say what it means in "
+                "label_classes, or give another label_column"
+            )
+        yield place, row, _text(row, text_column, place), known[word]
+
+
+def read_annotated_texts(paths: Sequence[str | Path]) -> list[AnnotatedText]:
+    """The texts of CSV, TSV and JSON-lines files with their toxic spans, in their order.
+
+    A row or object has a `text`, and `spans` that are either characters, `[4, 5, 6]`, as in the files of SemEval-2021
+    Task 5, where they stand as a literal of Python, or pairs of start and end, `[[4, 7]]`. Spans may begin or end with
+    blanks, overlap, and have any order.
+
+    Args:
+        paths: as in `read_labelled_texts`.
+
+    Raises:
+        TrajectoryError: as in `read_texts`, or spans are missing, none of these, or not in the text.
+    """
+    return [_annotated_text(row, place) for path in paths for place, row in read_rows(Path(path))]
+
+
 def one_a_file(name: str, columns: Sequence[str], files: int) -> list[str]:
     """A column for each file, where it is given once for all of them, or once a file.
 
@@ -171,11 +224,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     rows: Iterator[tuple[int, Any]] = _text_rows(path) if suffix == ".txt" else _json_rows(path)
     if suffix in _DELIMITERS:
         rows = _table_rows(path, _DELIMITERS[suffix])
-    empty = True
+    empty, unit = True, "line"
     try:
+        if suffix == ".json" and _begins_with_list(path):
+            rows, unit = _listed_rows(path), "record"
         for number, row in rows:
             empty = False
-            yield _place(path, number), row
+            yield _place(path, number, unit), row
     except OSError as error:
         raise TrajectoryError(
             f"texts {str(path)!r} cannot be read ({error.strerror or error}): give the path of a text file"
@@ -184,21 +239,14 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise TrajectoryError(f"texts {str(path)!r} holds no text: give one JSON value, row or text a line")
 
 
-def read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """The records of a file of JSON lines or of a single JSON list, each with how to name its place in a message.
-
-    Raises:
-        TrajectoryError: the file cannot be read or holds no record, or a line cannot be used.
-    """
+def _listed_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a JSON list, numbered from 0."""
     try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):  # several lines, or what `read_rows` says better
-        records = None
-    if not isinstance(records, list) or not records:
-        yield from read_rows(path)
-        return
-    for number, record in enumerate(records):
-        yield f"texts {str(path)!r}, record {number}", record
+        yield from enumerate(json.loads(path.read_text(encoding="utf-8-sig")))
+    except ValueError as error:
+        raise TrajectoryError(
+            f"texts {str(path)!r} begins a JSON list and is none ({error}): give a whole one, or a value a line"
+        ) from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -209,6 +257,12 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             raise TrajectoryError(
                 f"{_place(path, number)}: no JSON ({error}): give one JSON value a line, or a .csv, .tsv or .txt file"
             ) from error
+
+
+def _begins_with_list(path: Path) -> bool:
+    """Whether a file is one JSON list, and not a value a line."""
+    with path.open("rb") as file:
+        return next((line for line in file if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
 
 
 def _text_rows(path: Path) -> Iterator[tuple[int, str]]:
@@ -250,8 +304,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 ) from error
 
 
-def _place(path: Path, number: int) -> str:
-    return f"texts {str(path)!r}, line {number}"
+def _place(path: Path, number: int, unit: str = "line") -> str:
+    return f"texts {str(path)!r}, {unit} {number}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,11 +315,7 @@ def _place(path: Path, number: int) -> str:
 def _labelled_text(
     row: Any, text_column: str, label_column: str, values: LabelValues, place: str
 ) -> tuple[str, float | None]:
-    if not isinstance(row, dict):
-        raise TrajectoryError(
-            f"{place}: no column {label_column!r} in a value of type {type(row).__name__}: "
-            "give JSON objects, or a .csv or .tsv file"
-        )
+    _check_object(row, label_column, place)
     text = _text(row, text_column, place)
     if label_column in row or "+" not in label_column:
         return text, values(_cell(row, label_column, "label_column", place), label_column, place)
@@ -273,6 +323,14 @@ def _labelled_text(
     votes = [values(cell, name, place) for name, cell in cells if cell is not None and str(cell).strip()]
     known = [vote for vote in votes if vote is not None]
     return text, sum(known) / len(known) if known else None
+
+
+def _check_object(row: Any, column: str, place: str) -> None:
+    if not isinstance(row, dict):
+        raise TrajectoryError(
+            f"{place}: no column {column!r} in a value of type {type(row).__name__}: "
+            "give JSON objects, or a .csv or .tsv file"
+        )
 
 
 def _text(row: Any, column: str, place: str) -> str:
@@ -318,3 +376,49 @@ def _cell(row: dict[str, Any], column: str, argument: str, place: str) -> Any:
         columns = ", ".join(map(repr, list(row)[:8])) or "none"
         raise TrajectoryError(f"{place}: no column {column!r}: set {argument} to one of those there ({columns})")
     return row[column]
+
+
+def _annotated_text(row: Any, place: str) -> AnnotatedText:
+    _check_object(row, SPANS_COLUMN, place)
+    text = _text(row, TEXT_COLUMN, place)
+    if SPANS_COLUMN not in row:
+        raise TrajectoryError(f"{place}: no column {SPANS_COLUMN!r}: give a text and its spans in each row")
+    value = row[SPANS_COLUMN]
+    try:
+        spans = ast.literal_eval(value) if isinstance(value, str) else value
+        if not isinstance(spans, list):
+            raise TypeError
+        return AnnotatedText(text, _joined(_pair(one, len(text)) for one in spans))
+    except _OutsideError as error:
+        raise TrajectoryError(
+            f"{place}: spans hold {error.args[0]}, which is not in the text of {len(text)} characters: count Python's "
+            "characters from 0, end exclusive"
+        ) from error
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}…"
+        raise TrajectoryError(
+            f"{place}: spans is {shown}: give a list of characters, [4, 5, 6], or of starts and ends, [[4, 7]]"
+        ) from error
+
+
+class _OutsideError(Exception):
+    pass
+
+
+def _pair(one: Any, length: int) -> tuple[int, int]:
+    start, end = (one, one + 1) if type(one) is int else one
+    if type(start) is not int or type(end) is not int:
+        raise TypeError
+    if not 0 <= start < end <= length:
+        raise _OutsideError(one)
+    return start, end
+
+
+def _joined(pairs: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    runs: list[tuple[int, int]] = []
+    for start, end in sorted(pairs):
+        if runs and start <= runs[-1][1]:
+            runs[-1] = runs[-1][0], max(end, runs[-1][1])
+        else:
+            runs.append((start, end))
+    return tuple(runs)

@@ -7,9 +7,10 @@ import pytest
 from sklearn.metrics import f1_score
 
 from rectify.errors import TrajectoryError
-from rectify.evaluation.detector_intervals import MacroF1, detector_difference, detector_figures
+from rectify.evaluation.detector_intervals import detector_difference, detector_figures
 from rectify.evaluation.detector_report import compare_detectors
 from rectify.evaluation.functional_tests import FunctionalTest, functional_accuracy, read_functional_tests
+from rectify.evaluation.intervals import macro_f1
 from rectify.scoring.scores import Reason, Scores
 from rectify.text_files import LabelledText
 
@@ -20,8 +21,8 @@ def test_macro_f1_of_resamples_is_that_of_the_repeated_texts():
     drawn = random.integers(40, size=(5, 40))
     weights = np.array([np.bincount(row, minlength=40) for row in drawn], float)
     expected = [f1_score(toxic[row], said[row], average="macro") for row in drawn]
-    assert MacroF1(said, toxic).of(weights) == pytest.approx(expected)
-    assert MacroF1(said, toxic).value == pytest.approx(f1_score(toxic, said, average="macro"))
+    assert macro_f1(said, toxic).of(weights) == pytest.approx(expected)
+    assert macro_f1(said, toxic).value == pytest.approx(f1_score(toxic, said, average="macro"))
 
 
 def test_texts_without_a_score_are_counted_and_left_out():

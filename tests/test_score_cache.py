@@ -10,10 +10,11 @@ import pytest
 
 from rectify.errors import InvalidArgumentError, RectifyError
 from rectify.scoring import ATTRIBUTES, Reason, Scores
-from rectify.scoring.cache import CachedScorer, CacheError, ScoreCache
+from rectify.scoring.cache import CachedScorer, ScoreCache
 from rectify.scoring.scores import UnknownAttributeError, check_attributes
 from rectify.scoring.stub import pseudo_score
 from rectify.scoring.wire import WireError
+from rectify.sqlite_file import CacheError
 
 TWO = ("TOXICITY", "INSULT")
 
@@ -201,7 +202,7 @@ def test_places_where_no_file_can_be_are_refused(tmp_path):
 
 
 def test_a_file_that_stays_locked_is_an_error_and_nothing_is_waited_for_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("rectify.scoring.cache.BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("rectify.sqlite_file.BUSY_TIMEOUT_S", 0.05)
     with ScoreCache(tmp_path / "scores.sqlite") as cache:
         other = sqlite3.connect(cache.path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.chat import PairForm, chat_pair_form
+from rectify.chat_template import PairForm, chat_pair_form
 from rectify.detectors.classifier import CONFIG_FILE, DetectorConfig, ToxicityClassifier
 from rectify.errors import CheckpointError, InvalidArgumentError
 
@@ -157,12 +157,12 @@ class QAModeration(ToxicityClassifier):
             )
 
     @classmethod
-    def _read_config(cls, folder: Path) -> DetectorConfig:
+    def read_config(cls, folder: Path) -> DetectorConfig:
         if not (folder / CONFIG_FILE).exists():
             return _published_config(folder)
         if "template" not in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")):
             raise CheckpointError(f"{CONFIG_FILE} is of a detector of texts: give one of `rectify train moderation`")
-        return super()._read_config(folder)
+        return super().read_config(folder)
 
     @classmethod
     def _complete(cls, inner: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from rectify.evaluation.intervals import Bootstrap, Figure, Ratio
+from rectify.evaluation.intervals import Bootstrap, Figure, accuracy, macro_f1
 
 THRESHOLD = 0.5
-
-
-@dataclass(frozen=True)
-class MacroF1:
-    """The mean of the F1 of toxic texts and the F1 of the others; a class that is neither there nor found has 0.
-
-    Attributes:
-        said, toxic: `[N]` bool, what the detector says and what is.
-    """
-
-    said: np.ndarray
-    toxic: np.ndarray
-
-    def of(self, weights: np.ndarray) -> np.ndarray:
-        """The figure of resamples, `[R]`, by how often each holds each text, `[R, N]`."""
-        wrong = weights @ (self.said != self.toxic)
-        hits = (weights @ (self.said & self.toxic), weights @ (~self.said & ~self.toxic))
-        return sum(2 * right / np.maximum(2 * right + wrong, 1) for right in hits) / 2
-
-    @property
-    def value(self) -> float:
-        """Of the texts as they are."""
-        return float(self.of(np.ones((1, len(self.said))))[0])
 
 
 def detector_figures(
@@ -82,6 +59,6 @@ def detector_difference(
 def _figures(probability: np.ndarray, label: np.ndarray) -> dict[str, Figure]:
     said, toxic = probability >= THRESHOLD, label >= THRESHOLD
     return {
-        "f1_macro": MacroF1(said, toxic),
-        "accuracy": Ratio((said == toxic).astype(np.float64), np.ones(len(toxic))),
+        "f1_macro": macro_f1(said, toxic),
+        "accuracy": accuracy(said, toxic),
     }

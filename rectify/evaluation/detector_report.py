@@ -14,7 +14,7 @@ from rectify.evaluation.detector_intervals import THRESHOLD, detector_difference
 from rectify.evaluation.functional_tests import FunctionalTest, functional_accuracy
 from rectify.evaluation.plotting import can_plot
 from rectify.evaluation.run_tables import Table
-from rectify.generation.output import sha256_of, write_json
+from rectify.json_files import sha256_of, write_json
 from rectify.scoring.scores import Scorer
 from rectify.text_files import LabelledText
 

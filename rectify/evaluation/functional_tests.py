@@ -34,11 +34,11 @@ def read_functional_tests(path: Path) -> list[FunctionalTest]:
     """
     tests = []
     for place, row in read_rows(path):
-        cells = [row.get(column) if isinstance(row, dict) else None for column in FILE_COLUMNS]
-        if not all(cells):
-            lacking = FILE_COLUMNS[[bool(cell) for cell in cells].index(False)]
-            raise TrajectoryError(f"{place}: no {lacking!r}: give a HateCheck file, with {', '.join(FILE_COLUMNS)}")
-        functionality, text, gold = cells
+        cells = {column: row.get(column) if isinstance(row, dict) else None for column in FILE_COLUMNS}
+        for column, cell in cells.items():
+            if not isinstance(cell, str) or not cell:
+                raise TrajectoryError(f"{place}: no {column!r}: give a HateCheck file, with {', '.join(FILE_COLUMNS)}")
+        functionality, text, gold = map(str, cells.values())
         if gold not in _GOLD:
             raise TrajectoryError(f"{place}: label_gold is {gold!r}: give 'hateful' or 'non-hateful'")
         tests.append(FunctionalTest(functionality, text, _GOLD[gold]))

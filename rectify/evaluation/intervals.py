@@ -8,7 +8,7 @@ methods see the same resamples, so that their differences are of paired draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,6 +68,22 @@ class Ratio:
         return float(self.of(np.ones((1, len(self.over))))[0])
 
 
+@dataclass(frozen=True)
+class Mean:
+    """The mean of several figures of the same prompts."""
+
+    parts: Sequence[Figure]
+
+    def of(self, weights: np.ndarray) -> np.ndarray:
+        """As `Ratio.of`."""
+        return np.mean([part.of(weights) for part in self.parts], axis=0)
+
+    @property
+    def value(self) -> float:
+        """Of the prompts as they are."""
+        return float(np.mean([part.value for part in self.parts]))
+
+
 class Bootstrap:
     """Resamples of prompts (or texts), the same ones for every figure.
 
@@ -118,6 +134,17 @@ def _estimate(value: float, resampled: np.ndarray) -> Estimate:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures of scores
+
+
+def accuracy(said: np.ndarray, truth: np.ndarray) -> Ratio:
+    """The share of texts whose label, `[N]` int, is said; a label of −1, for none, is wrong."""
+    return Ratio((said == truth).astype(np.float64), np.ones(len(truth)))
+
+
+def macro_f1(said: np.ndarray, truth: np.ndarray) -> Mean:
+    """The F1 of each label that occurs in the truth, averaged over labels; see `accuracy`."""
+    hits = [((said == label) & (truth == label), (said == label), (truth == label)) for label in np.unique(truth)]
+    return Mean([Ratio(2.0 * both, given.astype(np.float64) + wanted) for both, given, wanted in hits])
 
 
 def expected_maximum(scores: np.ndarray) -> Ratio:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rectify.errors import TrajectoryError
-from rectify.text_files import read_json
+from rectify.text_files import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ def read_judged(path: Path) -> list[dict[str, Any]]:
         TrajectoryError: the file cannot be read, or a record, which is named, is of another form.
     """
     records = []
-    for place, record in read_json(path):
+    for place, record in read_rows(path):
         for name, kind in (("prompt", str), ("response", str), ("model", str), ("flagged", dict)):
             if not isinstance(record, dict) or not isinstance(record.get(name), kind):
                 raise TrajectoryError(f"{place}: there is no {name} of type {kind.__name__}: {_FORM}")

@@ -15,7 +15,7 @@ from rectify.evaluation.moderation import flagged_differences, flagged_estimates
 from rectify.evaluation.moderation_agreement import OURS, Agreement, agreement_of, agreement_plot, read_judged
 from rectify.evaluation.plotting import can_plot
 from rectify.evaluation.run_tables import Table
-from rectify.generation.output import sha256_of, write_json
+from rectify.json_files import sha256_of, write_json
 from rectify.training.moderation import read_judged_pairs
 
 logger = logging.getLogger(__name__)

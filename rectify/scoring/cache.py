@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import sqlite3
-import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from rectify.errors import InvalidArgumentError, RectifyError
+from rectify.errors import InvalidArgumentError
 from rectify.scoring.scores import Reason, Scorer, Scores, check_attributes, is_judge
 from rectify.scoring.streams import Scored, gathered, parts
+from rectify.sqlite_file import SqliteFile
 
-BUSY_TIMEOUT_S = 30.0
-_APPLICATION_ID, _FORMAT_VERSION = 0x72656374, 1
 _TABLES = """
 CREATE TABLE IF NOT EXISTS scorers (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL, revision TEXT NOT NULL, UNIQUE (name, revision)
@@ -31,14 +26,8 @@ CREATE TABLE IF NOT EXISTS scores (
 """
 _HASHES_A_QUERY = 400
 _Entry = tuple[float | None, Reason | None]
-_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
-_BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 # what these say of a text may hold of one attribute among those that were asked for, without naming it
 _OF_THE_REQUEST = {Reason.LANGUAGE_NOT_SUPPORTED, Reason.INVALID_REQUEST}
-
-
-class CacheError(RectifyError, RuntimeError):
-    """A file of scores that cannot be used."""
 
 
 class Known(NamedTuple):
@@ -55,7 +44,7 @@ class Known(NamedTuple):
     complete: bool
 
 
-class ScoreCache:
+class ScoreCache(SqliteFile):
     """A SQLite file of scores and of permanent reasons, safe with several threads and processes.
 
     The key is the scorer's name and revision, the attribute, and the SHA-256 of the text. Neither texts nor keys of a
@@ -74,34 +63,17 @@ class ScoreCache:
         ...     scores = CachedScorer(scorer, cache).score(["A text"])
     """
 
+    application_id = 0x72656374
+    tables = _TABLES
+
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if self.path.is_dir():
-            raise InvalidArgumentError(f"cache {str(path)!r} is a folder: give a file")
-        self._lock = threading.Lock()
+        super().__init__(path)
         self._scorers: dict[tuple[str, str], int] = {}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CacheError(f"cache {str(path)!r} cannot be made ({error.strerror or error}): give another") from error
-        with self._errors():
-            self._connection = self._open()
-
-    def __enter__(self) -> ScoreCache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __len__(self) -> int:
         """How many scores and reasons it holds."""
         with self._lock, self._errors():
             return self._connection.execute("SELECT count(*) FROM scores").fetchone()[0]
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock, self._errors():
-            self._connection.close()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Looking up, and keeping
@@ -187,91 +159,6 @@ class ScoreCache:
             query = "SELECT id FROM scorers WHERE name = ? AND revision = ?"
             self._scorers[key] = self._connection.execute(query, key).fetchone()[0]
         return self._scorers[key]
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # The file
-
-    def _open(self) -> sqlite3.Connection:
-        deadline = time.monotonic() + BUSY_TIMEOUT_S
-        while True:
-            try:
-                if self.path.exists() and self.path.stat().st_size:
-                    # read-only, so that a file that is refused stays as it is
-                    with closing(self._connect("ro")) as connection:
-                        self._check(connection)
-                connection = self._connect("rwc")
-                try:
-                    self._make_tables(connection)
-                except BaseException:
-                    connection.close()
-                    raise
-                return connection
-            except sqlite3.OperationalError as error:
-                # several processes that begin at once: SQLite does not wait for its own change to a write-ahead log
-                if error.sqlite_errorcode & 0xFF not in _BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
-
-    def _connect(self, mode: str) -> sqlite3.Connection:
-        return sqlite3.connect(
-            f"{self.path.absolute().as_uri()}?mode={mode}",
-            uri=True,
-            timeout=BUSY_TIMEOUT_S,
-            isolation_level=None,
-            check_same_thread=False,
-        )
-
-    def _check(self, connection: sqlite3.Connection) -> None:
-        ours = connection.execute("PRAGMA application_id").fetchone()[0] == _APPLICATION_ID
-        if not ours and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            raise CacheError(f"cache {str(self.path)!r} is a database of something else: give another file")
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > _FORMAT_VERSION:
-            raise CacheError(f"cache {str(self.path)!r} has format {version}, above {_FORMAT_VERSION}: update rectify")
-        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise CacheError(self._broken(found))
-
-    def _make_tables(self, connection: sqlite3.Connection) -> None:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")  # with a write-ahead log enough for all but a power cut
-        with self._transaction(connection):
-            for statement in _TABLES.split(";"):
-                connection.execute(statement)
-            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {_FORMAT_VERSION}")
-
-    @staticmethod
-    @contextmanager
-    def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-        connection.execute("COMMIT")
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code in _BROKEN:
-                raise CacheError(self._broken(str(error))) from error
-            if code in _BUSY:
-                remedy = f"another process has locked it for {BUSY_TIMEOUT_S:.0f} s, try again when it has ended"
-            else:
-                remedy = "check its folder, its permissions and the space left, or give another file"
-            raise CacheError(f"cache {str(self.path)!r} cannot be used ({error}): {remedy}") from error
-
-    def _broken(self, found: str) -> str:
-        return (
-            f"cache {str(self.path)!r} is broken or no SQLite file ({' '.join(found.split())}), and was left as it is: "
-            "move it away or give another file"
-        )
 
 
 class CachedScorer:

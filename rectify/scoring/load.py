@@ -11,8 +11,10 @@ from rectify.scoring.scores import Scorer
 
 SCORERS = {
     "pocket": "the bundled scorer of RealToxicityPrompts' eight attributes (default; pocket:PATH: one like it)",
-    "detector:PATH": "a classifier of `rectify train`",
+    "detector:PATH": "a classifier or gated detector of `rectify train`",
     "moderation:PATH": "a moderation of questions with their answers, of `rectify train` or of the published form",
+    "instruction:PATH": "a language model that answers, of `rectify train instruction`",
+    "cascade:PATH": "a small detector that asks a larger one where it is unsure, of `rectify train cascade`",
     "hf:ID": "any text classifier of the transformers library, folder or Hub id",
     "detoxify:NAME": "a model of the package detoxify (extra [detoxify])",
     "keywords:FILE": "a word list: 1 where one of its terms is in the text",
@@ -47,6 +49,26 @@ def load_scorer(spec: str, **options: Any) -> Scorer:
         >>> scorer = load_scorer("hf:s-nlp/roberta_toxicity_classifier", device="cpu")
         >>> scorer.score(["Have a nice day", ""])["TOXICITY"]  # the second is NaN
     """
+    kind, argument = _parts(spec)
+    make = _class(kind)
+    given = [argument] if argument else ["pocket-scorer"] if kind == "pocket" else []
+    for name in options:
+        if name not in inspect.signature(make).parameters:
+            raise InvalidArgumentError(f"{name} is given, but the scorer {spec!r} has no such option: leave it out")
+    return make(*given, **options)
+
+
+def has_option(spec: str, name: str) -> bool:
+    """Whether the scorer of a name has an option of this name.
+
+    Raises:
+        InvalidArgumentError: there is no such scorer.
+    """
+    return name in inspect.signature(_class(_parts(spec)[0])).parameters
+
+
+def _parts(spec: str) -> tuple[str, str]:
+    """The kind of a scorer, and what follows the colon."""
     kind, colon, argument = spec.partition(":")
     form = next((form for form in SCORERS if form.partition(":")[0] == kind), None)
     if form is None:
@@ -54,13 +76,7 @@ def load_scorer(spec: str, **options: Any) -> Scorer:
     takes_one, needs_one = ":" in form or kind == "pocket", ":" in form
     if (argument and not takes_one) or (needs_one and not argument) or (colon and not argument):
         raise InvalidArgumentError(f"scorer is {spec!r}: give {form}")
-    make = _class(kind)
-    given = [argument] if argument else ["pocket-scorer"] if kind == "pocket" else []
-    known = inspect.signature(make).parameters
-    for name in options:
-        if name not in known:
-            raise InvalidArgumentError(f"{name} is given, but the scorer {spec!r} has no such option: leave it out")
-    return make(*given, **options)
+    return kind, argument
 
 
 def _class(kind: str) -> Callable[..., Scorer]:
@@ -77,6 +93,14 @@ def _class(kind: str) -> Callable[..., Scorer]:
         from rectify.scoring.moderation import ModerationScorer
 
         return ModerationScorer
+    if kind == "instruction":
+        from rectify.scoring.instruction import InstructionScorer
+
+        return InstructionScorer
+    if kind == "cascade":
+        from rectify.scoring.cascade import CascadeScorer
+
+        return CascadeScorer
     if kind == "hf":
         from rectify.scoring.classifiers import HfScorer
 

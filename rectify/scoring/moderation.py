@@ -12,7 +12,7 @@ import numpy as np
 from rectify.detectors.moderation import Pair, QAModeration
 from rectify.errors import InvalidArgumentError
 from rectify.hub import available_device, checkpoint_folder
-from rectify.scoring.classifiers import classifier_revision
+from rectify.scoring.classifiers import detector_revision, scores_by
 from rectify.scoring.scores import Reason, Scores, check_attributes, reason_against
 
 MAXIMUM = "TOXICITY"
@@ -59,7 +59,7 @@ class ModerationScorer:
             raise InvalidArgumentError(f"{str(name)!r} has a category {MAXIMUM}, which is the maximum here: rename it")
         self.verdict_attributes = tuple(config.labels)
         self.attributes = (MAXIMUM, *self.verdict_attributes)
-        self.revision = classifier_revision(self._moderation, checkpoint_folder(name))
+        self.revision = detector_revision(self._moderation, checkpoint_folder(name))
         if threshold is not None:
             self.revision += f" threshold {threshold}"
 
@@ -69,22 +69,14 @@ class ModerationScorer:
         A blank answer gets no score. See `Scorer.score`.
         """
         asked = check_attributes(self, attributes)
-        pairs = [_pair(text) for text in texts]
-        reasons = [
-            reason_against(pair.answer) or (reason_against(pair.question) if pair.question.strip() else None)
-            for pair in pairs
-        ]
-        usable = [place for place, reason in enumerate(reasons) if reason is None]
-        values = np.full((len(texts), len(asked)), np.nan)
-        if usable:
-            some = cast(Any, [pairs[place] for place in usable])
-            found = self._moderation.label_probabilities(some, self._batch_size)
-            table = np.concatenate((found.max(-1, keepdims=True), found), -1)
-            values[usable] = table[:, [self.attributes.index(attribute) for attribute in asked]]
-        for place in usable:
-            if np.isnan(values[place]).any():
-                reasons[place] = Reason.COMMENT_EMPTY
-        return Scores(values, asked, tuple(reasons))
+        places = [self.attributes.index(attribute) for attribute in asked]
+
+        def probabilities(some: list[str]) -> np.ndarray:
+            pairs = cast(Any, [_pair(text) for text in some])
+            found = self._moderation.label_probabilities(pairs, self._batch_size)
+            return np.concatenate((found.max(-1, keepdims=True), found), -1)[:, places]
+
+        return scores_by(texts, asked, probabilities, against=_reason_against)
 
     def verdict(self, values: np.ndarray) -> dict[str, Any]:
         """`{"flagged": bool, "categories": {name: probability}}` of the scores of all categories, `[L]`."""
@@ -99,6 +91,11 @@ def _pair(text: str) -> Pair:
     if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
         return Pair(*value)
     return Pair("", text)
+
+
+def _reason_against(text: str) -> Reason | None:
+    pair = _pair(text)
+    return reason_against(pair.answer) or (reason_against(pair.question) if pair.question.strip() else None)
 
 
 def _number(threshold: float | str | None) -> float | str | None:

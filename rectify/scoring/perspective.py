@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from itertools import islice
-from queue import SimpleQueue
 
 import numpy as np
-import requests
-from requests.adapters import HTTPAdapter
-from urllib3 import Retry
-from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError, ReadTimeoutError
+from requests.adapters import BaseAdapter
 
 from rectify.errors import InvalidArgumentError
+from rectify.scoring.http_calls import Calls, as_completed, warn_if_shown
 from rectify.scoring.perspective_endpoint import (
     GOOGLE_URL,
     KEY_VARIABLE,
-    PASSING_STATUSES,
     PERSPECTIVE_ATTRIBUTES,
     URL_VARIABLE,
     AnalysisError,
-    Answer,
     ApiKeyError,
     Endpoint,
     EndpointError,
     PerspectiveError,
 )
-from rectify.scoring.rate_limit import Clock, TokenBucket
+from rectify.scoring.rate_limit import Clock
 from rectify.scoring.scores import Reason, Scores, check_attributes, reason_against
 from rectify.scoring.streams import gathered
 from rectify.scoring.wire import MAX_BYTES, AttributeScore, analyze_body, parse_analyze_response
-from rectify.version import __version__
-
-logger = logging.getLogger(__name__)
 
 __all__ = [
     "PERSPECTIVE_ATTRIBUTES",
@@ -48,8 +35,6 @@ __all__ = [
     "PerspectiveError",
     "PerspectiveScorer",
 ]
-
-MAX_ANSWER_BYTES = 4 * 2**20
 
 
 class PerspectiveScorer:
@@ -108,44 +93,33 @@ class PerspectiveScorer:
         backoff: float = 1.0,
         max_retry_after: float = 60.0,
         time_limit: float = 120.0,
-        adapter: requests.adapters.BaseAdapter | None = None,
+        adapter: BaseAdapter | None = None,
         clock: Clock | None = None,
     ) -> None:
-        for name, value, least in (("workers", workers, 1), ("retries", retries, 0)):
-            if value < least:
-                raise InvalidArgumentError(f"{name} is {value}: give {least} or more")
-        for name, seconds in (("timeout", timeout), ("time_limit", time_limit)):
-            if not 0 < seconds < math.inf:
-                raise InvalidArgumentError(f"{name} is {seconds}: give seconds, more than 0 and not endless")
-        for name, seconds in (("backoff", backoff), ("max_retry_after", max_retry_after)):
-            if not 0 <= seconds < math.inf:
-                raise InvalidArgumentError(f"{name} is {seconds}: give seconds, 0 or more and not endless")
         if isinstance(languages, str):
             raise InvalidArgumentError(f"languages is {languages!r}: give a sequence, as ({languages!r},)")
         self.attributes = tuple(attributes)
         key = os.environ.get(KEY_VARIABLE, "") if key is None else key
         self._endpoint = Endpoint(endpoint or os.environ.get(URL_VARIABLE) or GOOGLE_URL, key)
-        if self._endpoint.shows_key:
-            logger.warning("the key goes to %s unencrypted: give an https:// endpoint", self._endpoint.host)
+        warn_if_shown(self._endpoint.url, self._endpoint.key)
         self.revision = f"v1alpha1 {self._endpoint.place} languages={','.join(languages) or 'detected'}"
         self.workers, self.languages, self.do_not_store = workers, tuple(languages), do_not_store
-        self._timeout, self._time_limit, self._max_retry_after = timeout, time_limit, max_retry_after
-        self._clock = clock or Clock()
-        self._bucket = TokenBucket(rate, clock=self._clock)
-        self._retry = Retry(
-            retries,
-            allowed_methods={"POST"},
-            status_forcelist=PASSING_STATUSES,
-            backoff_factor=backoff / 2,  # urllib3 doubles it before its first use
-            backoff_max=30.0,
+        self._calls = Calls(
+            self._endpoint.url,
+            self._endpoint.key,
+            rate=rate,
+            workers=workers,
+            timeout=timeout,
+            retries=retries,
+            backoff=backoff,
+            max_retry_after=max_retry_after,
+            time_limit=time_limit,
+            adapter=adapter,
+            clock=clock,
         )
-        self._adapter = adapter or HTTPAdapter(pool_connections=1, pool_maxsize=workers)
-        # proxies and certificates of the environment; its passwords (~/.netrc) are not for this
-        self._network = requests.Session().merge_environment_settings(self._endpoint.url, {}, None, None, None)
-        self._local = threading.local()
 
     def __repr__(self) -> str:
-        settings = f"endpoint={self._endpoint.url!r}, rate={self._bucket.rate:g}, workers={self.workers}"
+        settings = f"endpoint={self._endpoint.url!r}, rate={self._calls.rate:g}, workers={self.workers}"
         return f"{type(self).__name__}({settings})"
 
     def __enter__(self) -> PerspectiveScorer:
@@ -156,7 +130,7 @@ class PerspectiveScorer:
 
     def close(self) -> None:
         """Close the connections."""
-        self._adapter.close()
+        self._calls.close()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Many texts, one text
@@ -190,28 +164,12 @@ class PerspectiveScorer:
     def _stream(
         self, texts: Sequence[str], attributes: tuple[str, ...]
     ) -> Iterator[tuple[int, np.ndarray, Reason | None]]:
-        stop, done = threading.Event(), SimpleQueue[Future[tuple[int, np.ndarray, Reason | None]]]()
-        executor = ThreadPoolExecutor(self.workers, thread_name_prefix=self.name)
-
-        def work(index: int) -> tuple[int, np.ndarray, Reason | None]:
+        def work(index: int, stop: threading.Event) -> tuple[int, np.ndarray, Reason | None]:
             found, reason = self._ask(texts[index], attributes, False, stop)
             row = [found[attribute].value if attribute in found else np.nan for attribute in attributes]
             return index, np.array(row), reason
 
-        def begin(index: int) -> None:
-            executor.submit(work, index).add_done_callback(done.put)
-
-        indices = iter(range(len(texts)))
-        try:
-            for index in islice(indices, self.workers):
-                begin(index)
-            for _ in range(len(texts)):
-                yield done.get().result()
-                for index in islice(indices, 1):
-                    begin(index)
-        finally:
-            stop.set()  # whoever waits for a token or a retry stops at once, whoever is in a call after its timeout
-            executor.shutdown(wait=False, cancel_futures=True)
+        return as_completed(work, len(texts), self.workers, self.name)
 
     def analyze(
         self, text: str, attributes: Sequence[str] = ("TOXICITY",), *, span_annotations: bool = False
@@ -254,95 +212,16 @@ class PerspectiveScorer:
             do_not_store=self.do_not_store,
             span_annotations=span_annotations,
         )
-        data = json.dumps(body, ensure_ascii=False).encode("utf-8")
-        if not self._bucket.acquire(stop):
-            raise CancelledError
-        deadline = self._clock.now() + self._time_limit
-        retry, scores = self._retry, dict[str, AttributeScore]()
-        while True:
-            answer = self._call(data, deadline)
-            reason = answer.reason
+        scores: dict[str, AttributeScore] = {}
+
+        def judge(status: int, answer: object) -> Reason | None:
+            reason = self._endpoint.judge(status, answer)
             if reason is None:
                 try:
-                    scores |= parse_analyze_response(answer.body, text, attributes)
-                    reason = None if len(scores) == len(attributes) else Reason.SCORE_MISSING
+                    scores.update(parse_analyze_response(answer, text, attributes))
                 except ValueError:
-                    reason = Reason.BAD_RESPONSE
-            if reason is None or not reason.passing:
-                return scores, reason
-            try:
-                retry = retry.increment("POST")
-            except MaxRetryError:
-                return scores, reason
-            if (asked := self._pause(answer.retry_after)) is not None:
-                self._bucket.hold(asked)
-            elif (pause := retry.get_backoff_time()) > 0:
-                if self._clock.now() + pause > deadline:
-                    return scores, reason
-                self._clock.wait(pause, stop)
-            if not self._bucket.acquire(stop, deadline):
-                return scores, reason
+                    return Reason.BAD_RESPONSE
+                return None if len(scores) == len(attributes) else Reason.SCORE_MISSING
+            return reason
 
-    def _call(self, data: bytes, deadline: float) -> Answer:
-        """One HTTP request. No message of `requests` is passed on: it may hold whatever the request does."""
-        timeout = max(min(self._timeout, deadline - self._clock.now()), 0.001)
-        try:
-            with self._session().post(
-                self._endpoint.url,
-                data=data,
-                headers={"Content-Type": "application/json; charset=utf-8"},
-                timeout=timeout,
-                stream=True,
-                allow_redirects=False,  # the key is for this host only
-                proxies=self._network["proxies"],
-                verify=self._network["verify"],
-                cert=self._network["cert"],
-            ) as response:
-                content = self._read(response, deadline)
-        except (requests.Timeout, ReadTimeoutError, TimeoutError):
-            return Answer(Reason.TIMEOUT)
-        except (requests.exceptions.ContentDecodingError, requests.exceptions.ChunkedEncodingError):
-            return Answer(Reason.BAD_RESPONSE)
-        except requests.RequestException:
-            return Answer(Reason.CONNECTION)
-        except (HTTPError, ValueError):  # of the body alone
-            return Answer(Reason.BAD_RESPONSE)
-        try:
-            body = json.loads(content)
-        except (ValueError, RecursionError):
-            body = None
-        return self._endpoint.judge(response.status_code, body, response.headers.get("Retry-After"))
-
-    def _read(self, response: requests.Response, deadline: float) -> bytes:
-        """The body, part by part, for a server may send one byte at a time for ever."""
-        parts: list[bytes] = []
-        size = 0
-        while part := response.raw.read1(2**16, decode_content=True):
-            parts.append(part)
-            size += len(part)
-            if size > MAX_ANSWER_BYTES:
-                raise ValueError("too long an answer")
-            if self._clock.now() > deadline:
-                raise TimeoutError
-        return b"".join(parts)
-
-    def _pause(self, retry_after: str | None) -> float | None:
-        """How long the server asks for, within bounds."""
-        if retry_after is None:
-            return None
-        try:
-            return min(self._retry.parse_retry_after(retry_after), self._max_retry_after)
-        except (InvalidHeader, ValueError, OverflowError):
-            return None
-
-    def _session(self) -> requests.Session:
-        """This thread's session, on the connections of all."""
-        if not hasattr(self._local, "session"):
-            session = requests.Session()
-            session.trust_env = False
-            session.auth = self._endpoint.key
-            session.headers["User-Agent"] = f"rectify/{__version__}"
-            for scheme in ("https://", "http://"):
-                session.mount(scheme, self._adapter)
-            self._local.session = session
-        return self._local.session
+        return scores, self._calls.post(body, judge, stop)

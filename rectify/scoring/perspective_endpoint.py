@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
-from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote, urlsplit
-
-import requests
-from requests.auth import AuthBase
+from urllib.parse import urlsplit
 
 from rectify.errors import InvalidArgumentError, RectifyError
+from rectify.scoring.http_calls import PASSING_STATUSES, Key, whole_address
 from rectify.scoring.scores import ATTRIBUTES, Reason, UnknownAttributeError
 from rectify.scoring.wire import ANALYZE_PATH
 
 GOOGLE_URL = "https://commentanalyzer.googleapis.com"
 KEY_VARIABLE, URL_VARIABLE = "PERSPECTIVE_API_KEY", "PERSPECTIVE_API_URL"
-PASSING_STATUSES = frozenset({408, 429, *range(500, 600)})
 _EXPERIMENTAL = (
     *("TOXICITY", "SEVERE_TOXICITY", "IDENTITY_ATTACK", "INSULT", "PROFANITY", "THREAT"),
     *("AFFINITY", "COMPASSION", "CURIOSITY", "NUANCE", "PERSONAL_STORY", "REASONING", "RESPECT", "CONSTRUCTIVE"),
@@ -58,51 +53,6 @@ class AnalysisError(RectifyError, RuntimeError):
         self.reason = reason
 
 
-class Key(AuthBase):
-    """The key, put into requests' headers and shown nowhere; false where there is none.
-
-    Raises:
-        ApiKeyError: it holds what no header takes.
-    """
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: str) -> None:
-        self._value = value.strip()
-        if not re.fullmatch("[!-~]*", self._value):  # requests would refuse it, and quote it
-            raise ApiKeyError("key holds a blank or a character that no key has: copy it again")
-
-    def __bool__(self) -> bool:
-        return bool(self._value)
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Add the key to a request."""
-        if self._value:
-            request.headers["X-Goog-Api-Key"] = self._value
-        return request
-
-    def hide_in(self, message: str) -> str:
-        """A message without the key, which a server may repeat, and in one line."""
-        for form in {self._value, quote(self._value), quote(self._value, safe="")} - {""}:
-            message = message.replace(form, "***")
-        return " ".join(message.split())
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one call comes to.
-
-    Attributes:
-        reason: why there are no scores; `None` where there may be some.
-        body: decoded, where there is no reason.
-        retry_after: what the server gives as `Retry-After`.
-    """
-
-    reason: Reason | None = None
-    body: Any = field(default=None, repr=False)
-    retry_after: str | None = None
-
-
 class Endpoint:
     """A server of the Perspective API.
 
@@ -121,36 +71,29 @@ class Endpoint:
     """
 
     def __init__(self, address: str, key: str) -> None:
-        self.url = _whole(address)
+        self.url = whole_address(address, "analyze", ANALYZE_PATH, f"the key goes into key or {KEY_VARIABLE}")
         self.host = urlsplit(self.url).netloc
         self.place = self.url.split("://")[1].removesuffix(ANALYZE_PATH)
-        self.key = Key(key)
+        try:
+            self.key = Key(key)
+        except InvalidArgumentError as error:
+            raise ApiKeyError(str(error)) from error
         if self.host == urlsplit(GOOGLE_URL).netloc and not self.key:
             raise ApiKeyError(f"key is missing: give one, set {KEY_VARIABLE}, or take a local scorer, which needs none")
 
-    @property
-    def shows_key(self) -> bool:
-        """Whether the key travels unencrypted over a network."""
-        name = urlsplit(self.url).hostname or ""
-        try:
-            local = name == "localhost" or ipaddress.ip_address(name).is_loopback
-        except ValueError:
-            local = False
-        return bool(self.key) and self.url.startswith("http:") and not local
-
-    def judge(self, status: int, body: Any, retry_after: str | None) -> Answer:
-        """What an HTTP answer means.
+    def judge(self, status: int, body: Any) -> Reason | None:
+        """Why there are no scores in an HTTP answer; `None` where there may be some.
 
         Raises:
             PerspectiveError, UnknownAttributeError: no other text would fare better.
         """
         if status == 200:
-            return Answer(body=body)
+            return None
         message, names = _error(body)
         if status == 429 or names & {"RATE_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"}:
-            return Answer(Reason.RATE_LIMIT_EXCEEDED, retry_after=retry_after)
+            return Reason.RATE_LIMIT_EXCEEDED
         if status in PASSING_STATUSES:
-            return Answer(Reason.TIMEOUT if status == 408 else Reason.SERVER_ERROR, retry_after=retry_after)
+            return Reason.TIMEOUT if status == 408 else Reason.SERVER_ERROR
         said = f"{self.host} answers {status}, {self.key.hide_in(message)[:400]!r}"
         # a 403 without a name is a firewall's, which may dislike this one text
         if status == 401 or (status == 403 and names) or "API_KEY_INVALID" in names or "api key" in message.lower():
@@ -166,24 +109,8 @@ class Endpoint:
         if re.search("unknown requested attribute|is not supported by attribute", message, re.IGNORECASE):
             raise UnknownAttributeError(f"attributes are not all known to the server ({said}): leave that one out")
         if status == 413:
-            return Answer(Reason.COMMENT_TOO_LONG)
-        return Answer(next((reason for reason in _PERMANENT if reason in names), Reason.INVALID_REQUEST))
-
-
-def _whole(address: str) -> str:
-    try:
-        parts = urlsplit(address)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or "@" in parts.netloc or parts.query or parts.fragment:
-        # not repeated: copied from an example, it may hold a key
-        raise InvalidArgumentError(
-            "endpoint is no plain address of a server: give one like 'http://127.0.0.1:8000', without user, password, "
-            f"or anything from '?' on; the key goes into key or {KEY_VARIABLE}"
-        )
-    base = f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"
-    return base if base.endswith("analyze") else base + ANALYZE_PATH
+            return Reason.COMMENT_TOO_LONG
+        return next((reason for reason in _PERMANENT if reason in names), Reason.INVALID_REQUEST)
 
 
 def _error(body: Any) -> tuple[str, set[str]]:

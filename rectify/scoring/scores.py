@@ -34,6 +34,8 @@ class Reason(StrEnum):
     LANGUAGE_NOT_SUPPORTED = "LANGUAGE_NOT_SUPPORTED_BY_ATTRIBUTE"
     LANGUAGE_DETECTION_FAILED = "LANGUAGE_DETECTION_FAILED"
     INVALID_REQUEST = "INVALID_REQUEST"
+    UNPARSED = "UNPARSED"
+    """What a model wrote has not the form of an answer."""
     SCORE_MISSING = "SCORE_MISSING"
     """The answer came without this attribute."""
     RATE_LIMIT_EXCEEDED = "RATE_LIMIT_EXCEEDED"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -142,6 +142,13 @@ class StubReply:
     sent: int | None = None
 
 
+class Service(Protocol):
+    """What answers requests behind a transport of this module."""
+
+    def answer(self, target: str, headers: Mapping[str, str], body: bytes) -> StubReply:
+        """Answer a POST to a path and query."""
+
+
 class StubService:
     """Answers requests as Perspective would, but with made-up scores and faults at will; without any transport.
 
@@ -186,7 +193,7 @@ class StubService:
                 raise key_error()
             return self._answer(body)
         except WireError as error:
-            return _reply(error.code, error.body())
+            return json_reply(error.code, error.body())
 
     def _answer(self, body: bytes) -> StubReply:
         try:
@@ -201,32 +208,38 @@ class StubService:
         fault = self.faults(request.text, attempt) if self.faults else None
         language = request.languages[0] if request.languages else "en"
         answer = analyze_response(request, _made_up(request), language)
-        if fault is None:
-            return _reply(200, answer)
-        match fault.kind:
-            case FaultKind.RATE_LIMIT:
-                after = {} if fault.seconds is None else {"Retry-After": f"{fault.seconds:g}"}
-                return _reply(429, quota_error(60).body(), headers=after)
-            case FaultKind.SERVER_ERROR:
-                return _reply(500, WireError("Internal error encountered.", None, 500, "INTERNAL").body())
-            case FaultKind.SLOW:
-                return _reply(200, answer, delay=fault.seconds or 0.0)
-            case FaultKind.DROPPED:
-                return StubReply(200, b"")
-            case FaultKind.TRUNCATED:
-                whole = _reply(200, answer)
-                return StubReply(200, whole.body, sent=len(whole.body) // 2)
-            case FaultKind.GARBAGE:
-                page = b"<html>Bad gateway</html>"
-                return StubReply(200, page, sent=len(page))
-            case FaultKind.MISSING_ATTRIBUTE:
-                answer.get("attributeScores", {}).pop(next(iter(request.thresholds)), None)
-            case FaultKind.MISSING_SCORES:
-                answer.pop("attributeScores", None)
-        return _reply(200, answer)
+        if fault is not None and fault.kind is FaultKind.MISSING_ATTRIBUTE:
+            answer.get("attributeScores", {}).pop(next(iter(request.thresholds)), None)
+        if fault is not None and fault.kind is FaultKind.MISSING_SCORES:
+            answer.pop("attributeScores", None)
+        return reply_with(fault, answer)
 
 
-def _reply(status: int, answer: Any, **changes: Any) -> StubReply:
+def reply_with(fault: Fault | None, answer: Any) -> StubReply:
+    """The reply of HTTP to a call that would be answered so, had it not this fault."""
+    if fault is None:
+        return json_reply(200, answer)
+    match fault.kind:
+        case FaultKind.RATE_LIMIT:
+            after = {} if fault.seconds is None else {"Retry-After": f"{fault.seconds:g}"}
+            return json_reply(429, quota_error(60).body(), headers=after)
+        case FaultKind.SERVER_ERROR:
+            return json_reply(500, WireError("Internal error encountered.", None, 500, "INTERNAL").body())
+        case FaultKind.SLOW:
+            return json_reply(200, answer, delay=fault.seconds or 0.0)
+        case FaultKind.DROPPED:
+            return StubReply(200, b"")
+        case FaultKind.TRUNCATED:
+            whole = json_reply(200, answer)
+            return StubReply(200, whole.body, sent=len(whole.body) // 2)
+        case FaultKind.GARBAGE:
+            page = b"<html>Bad gateway</html>"
+            return StubReply(200, page, sent=len(page))
+    return json_reply(200, answer)
+
+
+def json_reply(status: int, answer: Any, **changes: Any) -> StubReply:
+    """A whole reply of JSON; `changes` are further fields of `StubReply`."""
     body = json.dumps(answer, ensure_ascii=False).encode()
     return StubReply(status, body, sent=len(body), **changes)
 
@@ -255,7 +268,7 @@ class StubAdapter(HTTPAdapter):
     It waits for nothing: an answer later than the timeout is a timeout at once, any other comes at once.
     """
 
-    def __init__(self, service: StubService) -> None:
+    def __init__(self, service: Service) -> None:
         super().__init__()
         self.service = service
 
@@ -295,7 +308,7 @@ class StubServer:
         ...     scores = PerspectiveScorer(endpoint=server.url, rate=100).score(["A text"])
     """
 
-    def __init__(self, service: StubService, port: int = 0) -> None:
+    def __init__(self, service: Service, port: int = 0) -> None:
         self._stopping = threading.Event()
         self._server = _Server(("127.0.0.1", port), _handler(service, self._stopping))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
@@ -322,7 +335,7 @@ class _Server(ThreadingHTTPServer):
         """Nothing: clients that do not wait for an answer are what it is made for."""
 
 
-def _handler(service: StubService, stopping: threading.Event) -> type[BaseHTTPRequestHandler]:
+def _handler(service: Service, stopping: threading.Event) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         wbufsize = -1  # head and body in one packet

@@ -26,7 +26,7 @@ from transformers.trainer_utils import IntervalStrategy
 from rectify.detectors.backbone import Quantization
 from rectify.detectors.classifier import DetectorConfig, Form, ToxicityClassifier, pad
 from rectify.errors import InvalidArgumentError, RectifyError
-from rectify.generation.output import sha256_of, write_json
+from rectify.json_files import sha256_of, write_json
 from rectify.training.detector_figures import label_figures, scikit_learn
 from rectify.training.running import checkpoint_to_resume
 from rectify.training.score_calibration import calibration_curve, calibration_temperature
@@ -81,7 +81,6 @@ class DetectorSettings:
 
     def classifier_settings(self) -> dict[str, Any]:
         """The arguments of `from_backbone` but for the labels."""
-        targets = self.target_modules
         return {
             "name": self.model_name_or_path,
             "revision": self.model_revision,
@@ -91,7 +90,7 @@ class DetectorSettings:
             "lora_r": self.lora_r,
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,
-            "target_modules": targets[0] if targets == ["all-linear"] else targets,
+            "target_modules": self.target_modules,
         }
 
 
@@ -137,7 +136,7 @@ def train_detector(
         for part in (train, validation)
     ]
     digest = sha256_of(rows)
-    callbacks = [*callbacks, *_early_stopping(settings, arguments), _GradientCheck()]
+    callbacks = [*callbacks, *early_stopping(settings.early_stopping_patience, arguments), _GradientCheck()]
     checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **asdict(settings), texts_sha256=digest)
     set_seed(arguments.seed)
     classifier = kind.from_backbone(labels=labels, **settings.classifier_settings())
@@ -162,7 +161,7 @@ def train_detector(
     results |= predicted.metrics or {}
     logits = torch.as_tensor(np.asarray(predicted.predictions))
     if settings.calibration != "none":
-        classifier.config.calibration = _calibration(settings.calibration, labels, logits, held.labels)
+        classifier.config.calibration = fit_calibration(settings.calibration, labels, logits, held.labels)
     figures = _figures(classifier.config, logits, held)
     for source in figures["sources"]:
         figures["sources"][source]["texts"] = data.sources.count(source)
@@ -209,10 +208,10 @@ def _compute_metrics(labels: Sequence[str], prediction: EvalPrediction) -> dict[
     return label_figures(labels, logits.sigmoid().numpy(), np.asarray(prediction.label_ids))
 
 
-def _calibration(
+def fit_calibration(
     kind: str, labels: Sequence[str], logits: Tensor, truth: np.ndarray
 ) -> dict[str, float | list[list[float]]]:
-    """The calibration of each label that has been seen, from `[N, L]` logits and labels."""
+    """The `"curve"` or `"temperature"` of each label that has been seen, from `[N, L]` logits and labels."""
     found: dict[str, float | list[list[float]]] = {}
     for place, label in enumerate(labels):
         known = ~np.isnan(truth[:, place])
@@ -412,9 +411,13 @@ class _GradientCheck(TrainerCallback):
             )
 
 
-def _early_stopping(settings: DetectorSettings, arguments: TrainingArguments) -> list[TrainerCallback]:
-    """The callback, if it is asked for, and what the Trainer needs for it."""
-    if settings.early_stopping_patience is None:
+def early_stopping(patience: int | None, arguments: TrainingArguments) -> list[TrainerCallback]:
+    """The callback, if it is asked for; what the Trainer needs for it is set in its arguments.
+
+    Raises:
+        InvalidArgumentError: there is no checkpoint for each evaluation.
+    """
+    if patience is None:
         return []
     evaluates, saves = (IntervalStrategy(at).value for at in (arguments.eval_strategy, arguments.save_strategy))
     if evaluates != saves or evaluates == "no":
@@ -427,4 +430,4 @@ def _early_stopping(settings: DetectorSettings, arguments: TrainingArguments) ->
     if arguments.greater_is_better is None:
         arguments.greater_is_better = not arguments.metric_for_best_model.endswith(("loss", "brier"))
     arguments.restore_callback_states_from_checkpoint = True  # its count of evaluations, that is
-    return [EarlyStoppingCallback(early_stopping_patience=settings.early_stopping_patience)]
+    return [EarlyStoppingCallback(early_stopping_patience=patience)]

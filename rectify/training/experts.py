@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -23,10 +23,12 @@ from transformers import (
     set_seed,
 )
 
+from rectify.adapted_model import load_base
+from rectify.adapters import add_adapter, save_adapter
 from rectify.detectors.classifier import pad
-from rectify.errors import InvalidArgumentError, first_line
-from rectify.generation.output import sha256_of, write_json
-from rectify.methods.expert_pair import ANTI_EXPERT, CONFIG_FILE, EXPERT, ExpertsConfig, load_base, save_adapter
+from rectify.errors import InvalidArgumentError
+from rectify.json_files import sha256_of, write_json
+from rectify.methods.expert_pair import ANTI_EXPERT, CONFIG_FILE, EXPERT, ExpertsConfig
 from rectify.training.running import SETTINGS_FILE, checkpoint_to_resume
 from rectify.training.trainer import AdapterTrainer, use_fast_attention
 from rectify.vocabulary import Fingerprint
@@ -35,24 +37,31 @@ RESULTS_FILE = "all_results.json"
 TOXIC = 0.5
 """Texts labelled this or more train the anti-expert, all others the expert."""
 
-_LEFT_OUT = -100  # no token to predict, as cross_entropy calls it
+LEFT_OUT = -100
+"""The label of a token that is not predicted, as `cross_entropy` calls it."""
 
 Row = tuple[str, float]
 
 
 @dataclass
-class ExpertSettings:
-    """What is trained; each field is a flag of `rectify train experts`."""
+class AdapterSettings:
+    """A LoRA adapter of a causal language model; each field is a flag of the trainings that make one."""
 
     model_name_or_path: str = field(metadata={"help": "causal language model: folder, Hub id, or pocket"})
     model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub id"})
-    max_length: int = field(default=128, metadata={"help": "tokens of a text that are read, from its start"})
     lora_r: int = field(default=16, metadata={"help": "rank of each adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "an adapter is scaled by lora_alpha / lora_r"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapter"})
     target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "modules that are adapted, by the end of their names"}
     )
+
+
+@dataclass
+class ExpertSettings(AdapterSettings):
+    """What is trained; each field is a flag of `rectify train experts`."""
+
+    max_length: int = field(default=128, metadata={"help": "tokens of a text that are read, from its start"})
 
 
 def train_experts(
@@ -122,16 +131,16 @@ def _train_one(
     digest = sha256_of([data.items, held.items])
     given = {**asdict(settings), "texts_sha256": digest}
     if (folder / RESULTS_FILE).exists():
-        _check_same(folder, arguments.to_dict() | given)
+        check_same(folder, arguments.to_dict() | given)
         return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))["record"]
     checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **given)
     set_seed(arguments.seed)
     base, _ = _load(settings)
-    model = _with_adapter(base, settings)
+    model = with_adapter(base, settings)
     use_fast_attention(base, arguments)
     held.items.sort(key=lambda item: -len(item["input_ids"]))  # batches of nearly equal length
     trainer = AdapterTrainer(
-        model=_Training(model),
+        model=LanguageModelTraining(model),
         args=arguments,
         train_dataset=data,
         eval_dataset=held,
@@ -162,7 +171,7 @@ def _train_one(
     return record
 
 
-def _check_same(folder: Path, wanted: dict[str, Any]) -> None:
+def check_same(folder: Path, wanted: dict[str, Any]) -> None:
     """Refuse to take what another training has finished for a part of this one."""
     former: dict[str, Any] = {SETTINGS_FILE: "nothing"}
     if (folder / SETTINGS_FILE).exists():
@@ -189,26 +198,24 @@ def _load(settings: ExpertSettings) -> tuple[PreTrainedModel, PreTrainedTokenize
     return model, tokenizer
 
 
-def _with_adapter(model: PreTrainedModel, settings: ExpertSettings) -> PeftModel:
-    targets = settings.target_modules
-    try:
-        adapter = LoraConfig(
-            r=settings.lora_r,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-            task_type=TaskType.CAUSAL_LM,
-        )
-        return cast(PeftModel, get_peft_model(model, adapter))
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise InvalidArgumentError(
-            f"lora_r {settings.lora_r}, lora_alpha {settings.lora_alpha}, lora_dropout {settings.lora_dropout}, "
-            f"target_modules {targets!r} make no adapter of {settings.model_name_or_path!r} ({first_line(error)}): "
-            "change the one it names"
-        ) from error
+def with_adapter(model: PreTrainedModel, settings: AdapterSettings) -> PeftModel:
+    """A language model with a new adapter, drawn from torch's random generator.
+
+    Raises:
+        InvalidArgumentError: the settings make none.
+    """
+    return add_adapter(
+        model,
+        settings.model_name_or_path,
+        task_type=TaskType.CAUSAL_LM,
+        lora_r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.target_modules,
+    )
 
 
-class _Training(nn.Module):
+class LanguageModelTraining(nn.Module):
     """The language model and its loss, in the form that `Trainer` expects."""
 
     def __init__(self, model: PeftModel) -> None:
@@ -233,9 +240,9 @@ def text_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     wanted = labels[:, 1:]
     nll = nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), wanted.flatten(), ignore_index=_LEFT_OUT, reduction="none"
+        logits[:, :-1].float().flatten(0, 1), wanted.flatten(), ignore_index=LEFT_OUT, reduction="none"
     )
-    return nll.view(wanted.shape).sum(-1), (wanted != _LEFT_OUT).sum(-1)
+    return nll.view(wanted.shape).sum(-1), (wanted != LEFT_OUT).sum(-1)
 
 
 def nats_a_token(prediction: EvalPrediction) -> dict[str, float]:
@@ -273,6 +280,10 @@ class EncodedTexts(Dataset):
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A right-padded batch: `input_ids`, `attention_mask` and `labels` `[B, T]` int64, −100 at padding in `labels`."""
+    """A right-padded batch: `input_ids`, `attention_mask` and `labels` `[B, T]` int64, −100 at padding in `labels`.
+
+    The labels are those of the items, where they have any, and their tokens else.
+    """
     ids, mask = pad([item["input_ids"] for item in items])
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, _LEFT_OUT)}
+    labels, _ = pad([item.get("labels", item["input_ids"]) for item in items])
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), labels, LEFT_OUT)}

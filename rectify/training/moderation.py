@@ -14,7 +14,7 @@ from rectify.detectors.moderation import CATEGORIES, TUNED, Pair, QAModeration, 
 from rectify.errors import RectifyError, TrajectoryError, first_line
 from rectify.evaluation.moderation import flagged_figures, moderation_figures, tuned_thresholds
 from rectify.splits import split_by_hash
-from rectify.text_files import read_json
+from rectify.text_files import read_rows
 from rectify.training.detector import DetectorSettings, train_detector
 
 _FORM = 'give records {"prompt": "…", "response": "…", "category": {"name": true, …}}'
@@ -91,8 +91,9 @@ def read_judged_pairs(specs: Iterable[str]) -> tuple[list[JudgedPair], list[str]
     """The pairs of several places, and their categories.
 
     Args:
-        specs: files of JSON lines or of one JSON list, or `NAME:SPLIT` of data sets on the Hub, all with records of
-            BeaverTails' fields `prompt`, `response` and `category`. `is_safe` is not read, as in the published code.
+        specs: files of JSON lines, `.json` files of one JSON list, or `NAME:SPLIT` of data sets on the Hub, all with
+            records of BeaverTails' fields `prompt`, `response` and `category`. `is_safe` is not read, as in the
+            published code.
 
     Returns:
         Pairs in their order, and the names of the categories: the published order where they are the published ones,
@@ -121,7 +122,7 @@ def read_judged_pairs(specs: Iterable[str]) -> tuple[list[JudgedPair], list[str]
 
 def _records(spec: str) -> Iterator[tuple[str, Any]]:
     if Path(spec).exists() or Path(spec).suffix.lower() in (".json", ".jsonl"):
-        yield from read_json(Path(spec))
+        yield from read_rows(Path(spec))
         return
     name, _, split = spec.partition(":")
     try:

@@ -9,7 +9,7 @@ import numpy as np
 from rectify.errors import RectifyError
 
 _KNOTS = np.linspace(0, 1, 41)
-_LOG_TEMPERATURES = (np.log(0.01), np.log(100))
+_LOG_TEMPERATURES = tuple(np.log((0.1, 100)))
 
 
 def calibration_curve(probability: np.ndarray, label: np.ndarray) -> list[list[float]]:
@@ -47,11 +47,12 @@ def calibration_temperature(logit: np.ndarray, label: np.ndarray) -> float:
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
 
     Args:
-        logit: `[N]`.
-        label: `[N]` in [0, 1], soft or hard.
+        logit: `[N]`, or `[N, L]` logits of L labels of which each text has one, for `softmax(logit / T)`.
+        label: as `logit`, in [0, 1], soft or hard; of L labels, rows of sum 1.
 
     Returns:
-        From 0.01 to 100; 1 where all labels are 0, or all are 1, which say nothing of the scale.
+        From 0.1, where separable labels end, to 100; 1 where all labels are 0, or all are 1, which say nothing of the
+        scale.
 
     Raises:
         RectifyError: scikit-learn, and scipy with it, is not installed.
@@ -66,6 +67,8 @@ def calibration_temperature(logit: np.ndarray, label: np.ndarray) -> float:
 
     def loss(log_temperature: float) -> float:
         scaled = logit / np.exp(log_temperature)
+        if scaled.ndim == 2:
+            return float(np.mean(np.logaddexp.reduce(scaled, axis=-1) - (label * scaled).sum(-1)))
         return float(np.mean(np.logaddexp(0, scaled) - label * scaled))
 
     # the loss is convex in 1 / T, and so has one minimum in log T

@@ -1,0 +1,35 @@
+"""The `key=value` pairs that follow a name on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rectify.errors import InvalidArgumentError
+
+
+def read_pairs(pairs: Sequence[str], known: Mapping[str, Callable[[str], Any]], what: str) -> dict[str, Any]:
+    """The values of pairs.
+
+    Args:
+        pairs: each `key=value`.
+        known: the keys that there are, and the type of each one's value.
+        what: how messages call the whole, such as `"method 'rectify,beta=4'"`.
+
+    Raises:
+        InvalidArgumentError: a key is unknown or given twice, or a value is not of its type.
+    """
+    given: dict[str, Any] = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key not in known or key in given:
+            wrong = "twice" if key in given else "which it has not"
+            raise InvalidArgumentError(
+                f"{what} gives {key!r}, {wrong}: its parameters are {', '.join(known) or 'none'}"
+            )
+        try:
+            given[key] = known[key](value)
+        except ValueError as error:
+            number = "a whole number" if known[key] is int else "a number"
+            raise InvalidArgumentError(f"{what}: {key} is {value!r}: give {number}") from error
+    return given
