@@ -157,13 +157,14 @@ class ToxicityClassifier(nn.Module):
                 where the form needs one.
             RectifyError: bitsandbytes is needed and not installed.
         """
+        if labels is not None:
+            settings["labels"] = list(labels)
         config = cls.config_class(
             base_model=name,
             base_revision=revision,
             quantization=quantization,
             max_length=max_length,
             form=form,
-            **({} if labels is None else {"labels": list(labels)}),
             **settings,
         )
         if lora_r == 0 and quantization != "none":

@@ -253,7 +253,7 @@ class QAModeration(ToxicityClassifier):
     # Verdicts
 
     @overload
-    def predict(
+    def predict(  # type: ignore[overload-overlap]  # a string is a sequence of strings too
         self,
         question: str,
         answer: str,

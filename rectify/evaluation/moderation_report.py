@@ -54,7 +54,7 @@ def compare_moderations(
     rows, categories = read_judged_pairs(records)
     rows = [row for row in rows if any(part.strip() for part in row.pair)]
     harmful = np.array([row.labels for row in rows]) >= 0.5
-    prompts, flags = [row.prompt for row in rows], harmful.any(-1)
+    prompts, flags = [row.prompt for row in rows], np.asarray(harmful.any(-1))
     found: dict[str, Any] = {}
     decisions: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name, moderation in moderations.items():
@@ -67,7 +67,7 @@ def compare_moderations(
         values = moderation.config.threshold_values(_number(threshold))
         probabilities = moderation.label_probabilities(cast(Any, [row.pair for row in rows]), batch_size)
         truth = harmful[:, [categories.index(label) for label in moderation.config.labels]]
-        decisions[name] = (probabilities > values).any(-1), probabilities.max(-1)
+        decisions[name] = np.asarray((probabilities > values).any(-1)), probabilities.max(-1)
         found[name] = {
             "base_model": moderation.config.base_model,
             "template": moderation.config.template,

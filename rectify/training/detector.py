@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ Label = float | Sequence[float]
 Text = str | tuple[str, str]
 """A text, or a question and its answer, as the classifier reads them."""
 Row = tuple[Text, Label] | tuple[Text, Label, str]
-Classifier = TypeVar("Classifier", bound=ToxicityClassifier)
 
 
 @dataclass
@@ -101,9 +100,9 @@ def train_detector(
     validation: Sequence[Row],
     callbacks: Sequence[TrainerCallback] = (),
     labels: Sequence[str] = ("toxic",),
-    kind: type[Classifier] = ToxicityClassifier,  # type: ignore[assignment]
-    finish: Callable[[Classifier, np.ndarray, np.ndarray], dict[str, Any]] | None = None,
-) -> Classifier:
+    kind: type[ToxicityClassifier] = ToxicityClassifier,
+    finish: Callable[[Any, np.ndarray, np.ndarray], dict[str, Any]] | None = None,
+) -> ToxicityClassifier:
     """Train a classifier and save it in `arguments.output_dir`; killed, the same call goes on from its checkpoint.
 
     Texts without a token are left out. The folder also gets `all_results.json`, with the log of the training, and

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from transformers import TrainingArguments
@@ -67,6 +67,7 @@ def train_moderation(
 
     def finish(moderation: QAModeration, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         config, harmful = moderation.config, labels >= 0.5
+        flags = np.asarray(harmful.any(-1))
         config.thresholds[TUNED] = dict(
             zip(config.labels, tuned_thresholds(probabilities, harmful).tolist(), strict=True)
         )
@@ -74,13 +75,16 @@ def train_moderation(
         return {
             "truncated": moderation.truncated,
             "flagged": {
-                name: flagged_figures((probabilities > value).any(-1), harmful.any(-1))
+                name: flagged_figures(np.asarray((probabilities > value).any(-1)), flags)
                 for name, value in values.items()
             },
             "categories": moderation_figures(config.labels, probabilities, harmful, values[TUNED]),
         }
 
-    return train_detector(settings, arguments, train, validation, labels=categories, kind=QAModeration, finish=finish)
+    trained = train_detector(
+        settings, arguments, train, validation, labels=categories, kind=QAModeration, finish=finish
+    )
+    return cast(QAModeration, trained)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
