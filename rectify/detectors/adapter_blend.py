@@ -51,7 +51,7 @@ class AdapterBlend(nn.Module):
         super().__init__()
         self.config, self.names, self.folders = classifier.config, list(folders), dict(folders)
         self._gates = _Gates()
-        _blend_modules(classifier.model, self._gates)
+        _blend_modules(cast(PeftModel, classifier.model), self._gates)
         self._classifier = classifier
 
     @classmethod

@@ -99,6 +99,8 @@ class ToxicityClassifier(nn.Module):
     """
 
     config_class: ClassVar[type[DetectorConfig]] = DetectorConfig
+    needs_adapter: ClassVar[bool] = True
+    """Whether rank 0 is refused; where it is not, all weights of such a classifier are trained."""
 
     def __init__(
         self, config: DetectorConfig, model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -146,8 +148,7 @@ class ToxicityClassifier(nn.Module):
             name: folder, `"pocket"` or Hub id of a model and its tokenizer.
             revision: of a Hub id.
             labels, form, quantization, max_length: see `DetectorConfig`; without labels, those of `config_class`.
-            lora_r, lora_alpha, lora_dropout: rank, scale and dropout of the adapter; of rank 0 there is none, and all
-                weights are trained.
+            lora_r, lora_alpha, lora_dropout: rank, scale and dropout of the adapter; see `needs_adapter` as to rank 0.
             target_modules: names of the modules that are adapted; `"all-linear"` for all linear ones but the head.
             settings: further fields of `config_class`.
 
@@ -174,7 +175,7 @@ class ToxicityClassifier(nn.Module):
         )
         config.base_revision = getattr(inner.config, "_commit_hash", None) or revision
         cls._complete(inner, tokenizer)
-        if lora_r == 0:
+        if lora_r == 0 and not cls.needs_adapter:
             return cls(config, inner, tokenizer)
         model = add_adapter(
             inner,

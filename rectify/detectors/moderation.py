@@ -140,6 +140,7 @@ class QAModeration(ToxicityClassifier):
     """
 
     config_class: ClassVar[type[DetectorConfig]] = ModerationConfig
+    needs_adapter: ClassVar[bool] = False
     config: ModerationConfig
 
     def __init__(self, config: ModerationConfig, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

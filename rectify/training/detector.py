@@ -54,7 +54,7 @@ class DetectorSettings:
         default="none", metadata={"help": "nf4: the backbone in 4 bits (QLoRA); needs bitsandbytes, the extra [quant]"}
     )
     max_length: int = field(default=256, metadata={"help": "tokens of a text that are read, from its start"})
-    lora_r: int = field(default=8, metadata={"help": "rank of the adapter; 0: none, all weights are trained"})
+    lora_r: int = field(default=8, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=16, metadata={"help": "the adapter is scaled by lora_alpha / lora_r"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapter"})
     target_modules: list[str] = field(

@@ -37,6 +37,7 @@ class ModerationSettings(DetectorSettings):
     """What is trained; each field is a flag of `rectify train moderation`."""
 
     max_length: int = field(default=512, metadata={"help": "tokens of a pair, of which longer ones are cut"})
+    lora_r: int = field(default=8, metadata={"help": "rank of the adapter; 0: none, all weights are trained"})
     template: Template = field(
         default="beavertails",
         metadata={
