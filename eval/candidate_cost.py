@@ -54,7 +54,7 @@ def run(arguments) -> None:
         trunk: Any = AutoModelForCausalLM.from_config(GPT2Config()).to(device).eval().base_model
     else:
         classifier = ToxicityClassifier.from_pretrained(arguments.detector, device=device)
-        trunk = cast(Any, classifier.model.get_base_model()).base_model
+        trunk = cast(Any, classifier.inner).base_model
     ways = [
         Way(f"π₀ ≥ {arguments.candidates:g}", arguments.candidates),
         Way(f"π₀ ≥ {arguments.candidates:g}, padded", arguments.candidates, padded=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -64,8 +64,15 @@ def add_adapter(
         ) from error
 
 
-def save_adapter(model: PeftModel, folder: Path, base_model: str) -> None:
-    """Write an adapter's configuration and weights to a folder; `base_model` is where its backbone is found again."""
+def save_adapter(model: PeftModel, folder: Path, base_model: str, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write an adapter's configuration and weights to a folder.
+
+    Args:
+        model: of which the adapter is.
+        folder: made, if it is not there.
+        base_model: where its backbone is found again.
+        state: that of `model.state_dict()`; needed where the parameters are sharded over processes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     adapter = copy(cast(LoraConfig, model.peft_config["default"]))
     adapter.base_model_name_or_path, adapter.inference_mode = base_model, True
@@ -75,7 +82,8 @@ def save_adapter(model: PeftModel, folder: Path, base_model: str) -> None:
         adapter.modules_to_save = sorted(set(adapter.modules_to_save))
     # peft's own save_pretrained adds a model card, and looks the backbone up on the Hub
     adapter.save_pretrained(str(folder))
-    save_file({name: weight.contiguous() for name, weight in _weights(model).items()}, folder / WEIGHTS_FILE)
+    weights = _weights(model, state=state)
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS_FILE)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
@@ -120,9 +128,10 @@ def put_adapter(
     return model
 
 
-def _weights(model: PeftModel, name: str = "default") -> dict[str, Tensor]:
+def _weights(model: PeftModel, name: str = "default", state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     # the embeddings are the backbone's; asked to decide by itself, peft would look it up on the Hub
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    given = None if state is None else dict(state)
+    return get_peft_model_state_dict(model, given, adapter_name=name, save_embedding_layers=False)
 
 
 @contextmanager

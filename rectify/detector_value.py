@@ -76,7 +76,7 @@ class DetectorValue(nn.Module):
             )
         self.classifier = classifier.eval()  # with dropout it would be no function of the prefix
         self.candidates, self.k = candidates, k
-        inner = cast(Any, classifier.model.get_base_model())
+        inner = cast(Any, classifier.inner)
         self.states = CausalStates(cast(PreTrainedModel, inner.base_model))
         self._memo = PrefixMemo(self.states, use_cache)
 
@@ -151,7 +151,7 @@ class DetectorValue(nn.Module):
         self.states.check(prefixes, "classifier", more=1)
         given = [None if each is None else each.to(self.device) for each in (prefixes, tokens, real)]
         hidden = self._memo.branch_states(cast(Tensor, given[0]), cast(Tensor, given[1]), given[2])
-        return cast(Any, self.classifier.model.get_base_model()).score(hidden).float()
+        return cast(Any, self.classifier.inner).score(hidden).float()
 
     def _log_survival_of(self, logits: Tensor) -> Tensor:
         """`[..., L]` logits to `[...]`; where a temperature calibrates them, no digits are lost near certain risk."""

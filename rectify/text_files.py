@@ -224,11 +224,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     rows: Iterator[tuple[int, Any]] = _text_rows(path) if suffix == ".txt" else _json_rows(path)
     if suffix in _DELIMITERS:
         rows = _table_rows(path, _DELIMITERS[suffix])
-    empty = True
+    empty, unit = True, "line"
     try:
+        if suffix == ".json" and _begins_with_list(path):
+            rows, unit = _listed_rows(path), "record"
         for number, row in rows:
             empty = False
-            yield _place(path, number), row
+            yield _place(path, number, unit), row
     except OSError as error:
         raise TrajectoryError(
             f"texts {str(path)!r} cannot be read ({error.strerror or error}): give the path of a text file"
@@ -237,15 +239,17 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise TrajectoryError(f"texts {str(path)!r} holds no text: give one JSON value, row or text a line")
 
 
+def _listed_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a JSON list, numbered from 0."""
+    try:
+        yield from enumerate(json.loads(path.read_text(encoding="utf-8-sig")))
+    except ValueError as error:
+        raise TrajectoryError(
+            f"texts {str(path)!r} begins a JSON list and is none ({error}): give a whole one, or a value a line"
+        ) from error
+
+
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    if path.suffix.lower() == ".json" and _begins_with_list(path):
-        try:
-            yield from enumerate(json.loads(path.read_text(encoding="utf-8-sig")), start=1)
-        except ValueError as error:
-            raise TrajectoryError(
-                f"texts {str(path)!r} begins a JSON list and is none ({error}): give a whole one, or a value a line"
-            ) from error
-        return
     for number, line in _text_rows(path):
         try:
             yield number, json.loads(line)
@@ -300,8 +304,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 ) from error
 
 
-def _place(path: Path, number: int) -> str:
-    return f"texts {str(path)!r}, line {number}"
+def _place(path: Path, number: int, unit: str = "line") -> str:
+    return f"texts {str(path)!r}, {unit} {number}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class AdapterBlend(nn.Module):
         super().__init__()
         self.config, self.names, self.folders = classifier.config, list(folders), dict(folders)
         self._gates = _Gates()
-        _blend_modules(classifier.model, self._gates)
+        _blend_modules(cast(PeftModel, classifier.model), self._gates)
         self._classifier = classifier
 
     @classmethod
@@ -106,7 +106,7 @@ class AdapterBlend(nn.Module):
     @property
     def backbone(self) -> PreTrainedModel:
         """The model that the adapters share."""
-        return cast(PreTrainedModel, self._classifier.model.get_base_model())
+        return self._classifier.inner
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text; see `ToxicityClassifier.encode`."""

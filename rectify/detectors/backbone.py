@@ -1,4 +1,4 @@
-"""The frozen backbone of a classifier: loaded with a new head, in 4 bits if wanted, and known again by its weights."""
+"""The backbone of a classifier: loaded with a new head or its own, in 4 bits if wanted, and known by its weights."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ def load_backbone(
     num_labels: int,
     dtype: torch.dtype = torch.float32,
     quantization: Quantization = "none",
+    with_head: bool = False,
 ) -> Backbone:
-    """Load a causal model or an encoder with a new head, and its tokenizer.
+    """Load a causal model or an encoder with a head, and its tokenizer.
 
     Args:
         name: folder, bundled name or Hub id.
@@ -59,9 +60,10 @@ def load_backbone(
         dtype: of the weights that are not quantised.
         quantization: `"nf4"` for the linear layers in 4 bits: NormalFloat4 with double quantisation (Dettmers et al.,
             QLoRA, NeurIPS 2023, arXiv 2305.14314). Head and embeddings stay in `dtype`.
+        with_head: take the checkpoint's own head, and not a new one.
 
     Raises:
-        CheckpointError: nothing usable is there.
+        CheckpointError: nothing usable is there, or it lacks the head, or another weight where all are needed.
         InvalidArgumentError: it is an encoder-decoder.
         RectifyError: bitsandbytes is needed and not installed.
     """
@@ -79,17 +81,22 @@ def load_backbone(
                 place,
                 config=config,
                 dtype=dtype,
-                ignore_mismatched_sizes=True,  # the head of a classifier of more labels is no part of the backbone
+                # the head of a classifier of more labels is no part of the backbone
+                ignore_mismatched_sizes=not with_head,
                 output_loading_info=True,
                 **given,
             )
     except RectifyError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"backbone {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
             "give a model of text with its tokenizer"
         ) from error
+    if with_head and report["missing_keys"]:  # transformers would leave them at their random start
+        raise CheckpointError(
+            f"{name!r} lacks the weights {min(report['missing_keys'])}: give a model that was trained to classify"
+        )
     _leave_unpacked(model)
     body = f"{model.base_model_prefix}."
     lacking = {key.rpartition(".")[0] for key in report["missing_keys"] if key.startswith(body)}

@@ -1,13 +1,13 @@
-"""The toxicity classifier: a backbone, a LoRA adapter, and a head of one logit a label, `P(label | text)`."""
+"""The toxicity classifier: a backbone, a LoRA adapter or none, and a head of one logit a label, `P(label | text)`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from rectify.detectors.backbone import Quantization, load_backbone
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
 from rectify.hub import checkpoint_folder
 
-CONFIG_FILE = "detector_config.json"
+CONFIG_FILE, MODEL_CONFIG_FILE = "detector_config.json", "config.json"
 FORMAT_VERSION = 1
 
 Form = Literal["sequence", "prefix"]
@@ -33,7 +33,7 @@ class DetectorConfig:
     """Everything about a classifier but its weights; saved as `detector_config.json` beside them.
 
     Attributes:
-        base_model: Hub id, folder or bundled name of the frozen backbone, whose tokenizer is used.
+        base_model: Hub id, folder or bundled name of the backbone, whose tokenizer is used.
         base_revision: revision of `base_model` on the Hub; of a new classifier, the commit that was loaded.
         max_length: tokens of a text that are read, from its start.
         labels: what each logit stands for.
@@ -89,7 +89,8 @@ class DetectorConfig:
 class ToxicityClassifier(nn.Module):
     """A sequence classifier on any causal or encoder backbone of the Hugging Face form.
 
-    Make one with `from_backbone` or `from_pretrained`. Only adapter and head are trained and saved.
+    Make one with `from_backbone` or `from_pretrained`. Only adapter and head are trained and saved, unless there is no
+    adapter: then all weights are, in the form of `AutoModelForSequenceClassification`.
 
     Example:
         >>> from rectify.detectors import ToxicityClassifier
@@ -97,12 +98,18 @@ class ToxicityClassifier(nn.Module):
         >>> classifier.probabilities(["Have a nice day", "You are an idiot", ""])  # the last is NaN
     """
 
-    def __init__(self, config: DetectorConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    config_class: ClassVar[type[DetectorConfig]] = DetectorConfig
+    needs_adapter: ClassVar[bool] = True
+    """Whether rank 0 is refused; where it is not, all weights of such a classifier are trained."""
+
+    def __init__(
+        self, config: DetectorConfig, model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         super().__init__()
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
-        inner = cast(PreTrainedModel, model.get_base_model())
+        inner = self.inner
         if config.form == "prefix":
             self._check_causal("form is 'prefix'")
         inner.config.get_text_config().use_cache = False
@@ -125,7 +132,7 @@ class ToxicityClassifier(nn.Module):
         name: str,
         *,
         revision: str | None = None,
-        labels: Sequence[str] = ("toxic",),
+        labels: Sequence[str] | None = None,
         form: Form = "sequence",
         quantization: Quantization = "none",
         max_length: int = 256,
@@ -133,15 +140,17 @@ class ToxicityClassifier(nn.Module):
         lora_alpha: int = 16,
         lora_dropout: float = 0.0,
         target_modules: str | Sequence[str] = "all-linear",
-    ) -> ToxicityClassifier:
-        """A new classifier on a frozen float32 backbone; adapter and head are drawn from torch's random generator.
+        **settings: Any,
+    ) -> Self:
+        """A new classifier on a float32 backbone; adapter and head are drawn from torch's random generator.
 
         Args:
             name: folder, `"pocket"` or Hub id of a model and its tokenizer.
             revision: of a Hub id.
-            labels, form, quantization, max_length: see `DetectorConfig`.
-            lora_r, lora_alpha, lora_dropout: rank, scale and dropout of the adapter.
+            labels, form, quantization, max_length: see `DetectorConfig`; without labels, those of `config_class`.
+            lora_r, lora_alpha, lora_dropout: rank, scale and dropout of the adapter; see `needs_adapter` as to rank 0.
             target_modules: names of the modules that are adapted; `"all-linear"` for all linear ones but the head.
+            settings: further fields of `config_class`.
 
         Raises:
             CheckpointError: nothing usable is there.
@@ -149,18 +158,25 @@ class ToxicityClassifier(nn.Module):
                 where the form needs one.
             RectifyError: bitsandbytes is needed and not installed.
         """
-        config = DetectorConfig(
+        if labels is not None:
+            settings["labels"] = list(labels)
+        config = cls.config_class(
             base_model=name,
             base_revision=revision,
             quantization=quantization,
             max_length=max_length,
-            labels=list(labels),
             form=form,
+            **settings,
         )
+        if lora_r == 0 and quantization != "none":
+            raise InvalidArgumentError(f"lora_r is 0 with quantization {quantization!r}: give a rank, or none")
         inner, tokenizer, fresh, config.base_fingerprint = load_backbone(
-            name, revision, len(labels), quantization=quantization
+            name, revision, len(config.labels), quantization=quantization
         )
         config.base_revision = getattr(inner.config, "_commit_hash", None) or revision
+        cls._complete(inner, tokenizer)
+        if lora_r == 0 and not cls.needs_adapter:
+            return cls(config, inner, tokenizer)
         model = add_adapter(
             inner,
             name,
@@ -181,7 +197,7 @@ class ToxicityClassifier(nn.Module):
         revision: str | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> ToxicityClassifier:
+    ) -> Self:
         """Load a classifier in evaluation mode, its adapter folded into the backbone if that is not quantised.
 
         Args:
@@ -194,20 +210,59 @@ class ToxicityClassifier(nn.Module):
             CheckpointError: nothing usable is there.
         """
         with refusing(name):
-            config, adapter, weights = read_classifier(checkpoint_folder(name, revision))
-            inner, tokenizer = load_base(config, dtype)
-            model = put_adapter(inner, adapter, weights)
-            if config.quantization == "none":
-                model.merge_adapter()  # folded into 4 bits, it would be rounded to them
-            classifier = cls(config, model, tokenizer)
+            folder = checkpoint_folder(name, revision)
+            if (folder / MODEL_CONFIG_FILE).exists() and not (folder / ADAPTER_FILE).exists():
+                config = cls.read_config(folder)
+                inner, tokenizer, *_ = load_backbone(str(folder), None, len(config.labels), dtype, with_head=True)
+                cls._complete(inner, tokenizer)
+                classifier = cls(config, inner, tokenizer)
+            else:
+                config, adapter, weights = read_classifier(folder, cls)
+                inner, tokenizer = load_base(config, dtype)
+                cls._complete(inner, tokenizer)
+                model = put_adapter(inner, adapter, weights)
+                if config.quantization == "none":
+                    model.merge_adapter()  # folded into 4 bits, it would be rounded to them
+                classifier = cls(config, model, tokenizer)
         kept = dtype if config.quantization == "none" else None  # what is quantised has a dtype of its own
         return classifier.requires_grad_(False).to(device=device, dtype=kept).eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write configuration, adapter and head to a folder; the backbone and its tokenizer stay where they are."""
+    @classmethod
+    def read_config(cls, folder: Path) -> DetectorConfig:
+        """The configuration in a folder; to be called within `refusing`."""
+        if not (folder / CONFIG_FILE).exists():
+            raise CheckpointError(f"it holds no {CONFIG_FILE}: give a folder written by save_pretrained")
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if unknown := set(values) - {each.name for each in fields(cls.config_class)}:
+            raise CheckpointError(
+                f"{CONFIG_FILE} holds {min(unknown)!r}, which {cls.__name__} does not know: is it another kind of "
+                "detector, or of a newer rectify?"
+            )
+        return cls.config_class(**values)
+
+    @classmethod
+    def _complete(cls, inner: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Add what a kind of classifier needs to a backbone that was loaded."""
+
+    def save_pretrained(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write configuration, adapter and head to a folder; the backbone and its tokenizer stay where they are.
+
+        Without an adapter all weights and the tokenizer are written, as transformers does.
+
+        Args:
+            folder: made, if it is not there.
+            weights: those of `model.state_dict()`; needed where the parameters are sharded over processes.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_adapter(self.model, folder, self.config.base_model)
+        if isinstance(self.model, PeftModel):
+            save_adapter(self.model, folder, self.config.base_model, weights)
+        else:
+            self.model.config.id2label = dict(enumerate(self.config.labels))
+            self.model.config.label2id = {label: place for place, label in enumerate(self.config.labels)}
+            self.model.config.problem_type = "multi_label_classification"  # a sigmoid a label, for whoever loads it
+            self.model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+            self.tokenizer.save_pretrained(folder)
         text = json.dumps(asdict(self.config), indent=2, ensure_ascii=False)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -215,10 +270,16 @@ class ToxicityClassifier(nn.Module):
     # Probabilities
 
     @property
+    def inner(self) -> PreTrainedModel:
+        """The sequence classifier of transformers, with the adapter's layers in it if there is one."""
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return cast(PreTrainedModel, model)
+
+    @property
     def causal(self) -> bool:
         """Whether the backbone reads from left to right, so that it can judge prefixes."""
         # of the architectures that transformers makes sequence classifiers of, the causal ones alone call it so
-        return hasattr(self.model.get_base_model(), "score")
+        return hasattr(self.inner, "score")
 
     def _check_causal(self, need: str) -> None:
         if not self.causal:
@@ -261,7 +322,7 @@ class ToxicityClassifier(nn.Module):
             `[B, L]` float32, one for each of `config.labels`.
         """
         ids, mask, _ = self._padded_on_the_right(input_ids, attention_mask)
-        inner = cast(Any, self.model.get_base_model())
+        inner = cast(Any, self.inner)
         if not self.causal:
             return inner(input_ids=ids, attention_mask=mask).logits.float()
         # transformers pools a causal model at the last token that is not the padding token, which a text may end with
@@ -283,7 +344,7 @@ class ToxicityClassifier(nn.Module):
         """
         self._check_causal("position_logits reads prefixes")
         ids, mask, order = self._padded_on_the_right(input_ids, attention_mask)
-        inner = cast(Any, self.model.get_base_model())
+        inner = cast(Any, self.inner)
         logits = inner.score(inner.base_model(input_ids=ids, attention_mask=mask).last_hidden_state).float()
         places = order.argsort(dim=-1)[..., None].expand_as(logits)
         return logits.gather(1, places).masked_fill(attention_mask[..., None] == 0, 0)
@@ -400,13 +461,14 @@ def refusing(name: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
 
 
-def read_classifier(folder: Path) -> tuple[DetectorConfig, LoraConfig, dict[str, Tensor]]:
-    """What `save_pretrained` has written to a folder; to be called within `refusing`."""
+def read_classifier(
+    folder: Path, kind: type[ToxicityClassifier] = ToxicityClassifier
+) -> tuple[DetectorConfig, LoraConfig, dict[str, Tensor]]:
+    """What `save_pretrained` of a classifier with an adapter has written; to be called within `refusing`."""
     for file in (CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
         if not (folder / file).exists():
             raise CheckpointError(f"it holds no {file}: give a folder written by save_pretrained")
-    config = DetectorConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-    return config, *read_adapter(folder)
+    return kind.read_config(folder), *read_adapter(folder)
 
 
 def load_base(config: DetectorConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.adapted_model import load_adapted
 from rectify.adapters import save_adapter
+from rectify.chat_template import chat_prompt
 from rectify.detectors.templates import Parsed, Template
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.evaluation.fluency import prompted_nll
@@ -167,11 +168,10 @@ class InstructionDetector:
         """A question as the model reads it: as it is, or in the chat template."""
         if not self.config.chat:
             return question
-        messages = [{"role": "user", "content": question}]
-        written = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        written = chat_prompt(self.tokenizer, question)
         begin = self.tokenizer.bos_token
         # tokenizers that begin every text with that token would do so twice
-        return cast(str, written).removeprefix(begin) if begin and self._begins_with(begin) else cast(str, written)
+        return written.removeprefix(begin) if begin and self._begins_with(begin) else written
 
     def _begins_with(self, token: str) -> bool:
         ids = cast(list[int], self.tokenizer("a")["input_ids"])

@@ -48,6 +48,7 @@ def make_parser(prog: str) -> Parser:
         help='JSON lines, "-" for standard input: strings, {"prompt": "…"} or RealToxicityPrompts records',
     )
     source.add_argument("--skip_bad_lines", action="store_true", help="count unusable lines and go on")
+    source.add_argument("--chat", action="store_true", help="prompts are questions for the model's chat template")
     parser.add_argument(
         "--method",
         metavar="NAME[:PATH][,key=value…][+…]",
@@ -158,6 +159,8 @@ def run(arguments: argparse.Namespace) -> None:
     notes = [f"model: {_described(arguments.model, model)}, {str(model.dtype).removeprefix('torch.')}, {device}", note]
     arms = {arm: each.bind(model, tokenizer, given) for arm, each in methods.items()}
     decoder = list(arms.values())[-1]
+    if arguments.chat and decoder.write is not None:
+        raise InvalidArgumentError(f"chat is given with {method.label!r}, which asks in a way of its own: leave it out")
     if not isinstance(method, Base):
         notes.insert(1, _described_method(method, decoder))
     generator = Generator(
@@ -168,6 +171,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.min_new_tokens,
         arguments.num_return_sequences,
         arguments.seed,
+        chat=arguments.chat,
     )
     prompts, skipped = _fitting(generator, prompts, decoder, arguments.skip_bad_lines)
     if skipped:
@@ -236,7 +240,7 @@ def _settings(
         "seed": generator.seed,
         "batch_size": arguments.batch_size,
         "prompts": sha256_of([prompt.record for prompt in prompts]),
-    }
+    } | ({"chat": True} if generator.chat else {})  # outputs without it go on as they were begun
 
 
 def _write(generator: Generator, arms: Arms, prompts: list[Prompt], batch_size: int, file: GenerationFile) -> None:

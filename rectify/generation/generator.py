@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    BatchEncoding,
     DynamicCache,
     LogitsProcessor,
     PreTrainedModel,
@@ -19,6 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from rectify.chat_template import chat_prompt
 from rectify.generation.prompts import Prompt
 from rectify.keyed_noise import KeyedSampling, row_keys
 from rectify.methods.method import Decoder, MethodProcessor
@@ -62,6 +64,7 @@ class Generator:
         max_new_tokens, min_new_tokens, num_return_sequences: as in `generate`.
         seed: with a prompt's key it determines its samples.
         first_sample: the number of the first sample of each prompt, by which its noise is keyed.
+        chat: prompts are a user's questions, put into the tokenizer's chat template.
     """
 
     model: PreTrainedModel
@@ -72,12 +75,23 @@ class Generator:
     num_return_sequences: int = 1
     seed: int = 0
     first_sample: int = 0
+    chat: bool = False
+
+    def encode(self, prompts: Sequence[Prompt], **how: Any) -> BatchEncoding:
+        """The tokens of prompts, as the model reads them.
+
+        Raises:
+            InvalidArgumentError: the tokenizer has no chat template where one is needed.
+        """
+        texts = [chat_prompt(self.tokenizer, prompt.text) if self.chat else prompt.text for prompt in prompts]
+        # a chat template holds its special tokens itself
+        return self.tokenizer(texts, add_special_tokens=not self.chat, **how)
 
     def unusable(self, prompts: list[Prompt], context: int | None) -> dict[int, str]:
         """The prompts that make no token, or leave no room for the new ones: their indices and what is wrong."""
         found = {}
         for index, prompt in enumerate(prompts):
-            length = len(self.tokenizer(prompt.text)["input_ids"])
+            length = len(self.encode([prompt])["input_ids"][0])
             if not length:
                 found[index] = "the model's tokenizer makes no token of it: give other words"
             elif context is not None and length + self.max_new_tokens > context:
@@ -113,7 +127,7 @@ class Generator:
             number: the batch's number, which keys the random numbers of beam sampling.
             processor: a method's; `None` for the model as it is.
         """
-        inputs = self.tokenizer([prompt.text for prompt in prompts], return_tensors="pt", padding=True)
+        inputs = self.encode(prompts, return_tensors="pt", padding=True)
         ids, mask = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         n = self.num_return_sequences
         new = self.new_tokens(ids, mask, self.keys(prompts), processor, copies=n, number=number).tolist()
@@ -195,7 +209,7 @@ class Generator:
 
     def risks(self, processor: RectificationProcessor, prompt: Prompt, continuation: Continuation) -> list[float]:
         """The risk of each token of a continuation, from 0 to 1."""
-        prefix = self.tokenizer(prompt.text)["input_ids"]
+        prefix = self.encode([prompt])["input_ids"][0]
         ids = torch.tensor([[*prefix, *continuation.token_ids]])
         risks = processor.token_risks(ids)
         return risks[0, len(prefix) :].tolist()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rectify.errors import InvalidArgumentError
-from rectify.scoring.scores import Reason, Scorer, Scores, check_attributes
+from rectify.scoring.scores import Reason, Scorer, Scores, check_attributes, is_judge
 from rectify.scoring.streams import Scored, gathered, parts
 from rectify.sqlite_file import SqliteFile
 
@@ -181,6 +181,8 @@ class CachedScorer:
             raise InvalidArgumentError(f"chunk_size is {chunk_size}: give 1 or more")
         self.scorer, self.cache, self.chunk_size = scorer, cache, chunk_size
         self.name, self.revision, self.attributes = scorer.name, scorer.revision, scorer.attributes
+        if is_judge(scorer):
+            self.verdict, self.verdict_attributes = scorer.verdict, scorer.verdict_attributes
         self.reused = 0
 
     def score(self, texts: Sequence[str], attributes: Sequence[str] = ("TOXICITY",)) -> Scores:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from rectify.detectors import ToxicityClassifier
@@ -42,7 +42,7 @@ class DetectorScorer:
         self._outputs = outputs_by_attribute(self._detector.config.labels)
         self._batch_size = batch_size
         self.attributes = tuple(self._outputs)
-        self.revision = _detector_revision(self._detector, checkpoint_folder(name))
+        self.revision = detector_revision(self._detector, checkpoint_folder(name))
 
     def score(self, texts: Sequence[str], attributes: Sequence[str] = ("TOXICITY",)) -> Scores:
         """Score texts by their first `max_length` tokens; see `Scorer.score`."""
@@ -53,7 +53,7 @@ class DetectorScorer:
         )
 
 
-def _detector_revision(detector: ToxicityClassifier | GatedDetector, folder: Path) -> str:
+def detector_revision(detector: ToxicityClassifier | GatedDetector, folder: Path) -> str:
     """The files of a detector and of its local models, and the commits of those that came from the Hub."""
     config, folders = detector.config, [folder]
     models: list[tuple[str, str | None, PreTrainedModel]]
@@ -62,8 +62,10 @@ def _detector_revision(detector: ToxicityClassifier | GatedDetector, folder: Pat
         models = [(config.base_model, config.base_revision, detector.blend.backbone)]
         models += [(gate.config.encoder, gate.config.encoder_revision, gate.encoder.model)]
         folders += [folder / GATE_FOLDER, *(folder / ADAPTERS_FOLDER / name for name in detector.blend.names)]
-    else:
-        models = [(config.base_model, config.base_revision, cast(PreTrainedModel, detector.model.get_base_model()))]
+    elif isinstance(detector.model, PeftModel):
+        models = [(config.base_model, config.base_revision, detector.inner)]
+    else:  # nothing is anywhere else
+        models = []
     commits = ""
     for name, revision, model in models:
         place = model_place(name, revision)
@@ -176,6 +178,7 @@ def scores_by(
     asked: tuple[str, ...],
     probabilities: Callable[[list[str]], np.ndarray],
     unknown: Reason = Reason.COMMENT_EMPTY,
+    against: Callable[[str], Reason | None] = reason_against,
 ) -> Scores:
     """Scores of texts, of which the model gets those that can be scored.
 
@@ -184,8 +187,9 @@ def scores_by(
         asked: the A attributes.
         probabilities: `[n, A]` of some texts, NaN where it cannot tell.
         unknown: why it cannot; by default as there is no token in a text.
+        against: what keeps a text from the model.
     """
-    reasons = [reason_against(text) for text in texts]
+    reasons = [against(text) for text in texts]
     usable = [place for place, reason in enumerate(reasons) if reason is None]
     values = np.full((len(texts), len(asked)), np.nan)
     if usable:

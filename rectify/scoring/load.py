@@ -12,6 +12,7 @@ from rectify.scoring.scores import Scorer
 SCORERS = {
     "pocket": "the bundled scorer of RealToxicityPrompts' eight attributes (default; pocket:PATH: one like it)",
     "detector:PATH": "a classifier or gated detector of `rectify train`",
+    "moderation:PATH": "a moderation of questions with their answers, of `rectify train` or of the published form",
     "instruction:PATH": "a language model that answers, of `rectify train instruction`",
     "cascade:PATH": "a small detector that asks a larger one where it is unsure, of `rectify train cascade`",
     "hf:ID": "any text classifier of the transformers library, folder or Hub id",
@@ -22,6 +23,14 @@ SCORERS = {
     "stub": "made-up numbers, for trying the machinery",
 }
 """What there is, and what each is."""
+
+
+_OF_PAIRS = {"moderation"}
+
+
+def judges_pairs(spec: str) -> bool:
+    """Whether the scorer of a name judges answers together with what they answer; see `pair_text`."""
+    return spec.partition(":")[0] in _OF_PAIRS
 
 
 def load_scorer(spec: str, **options: Any) -> Scorer:
@@ -80,6 +89,10 @@ def _class(kind: str) -> Callable[..., Scorer]:
         from rectify.scoring.classifiers import DetectorScorer
 
         return DetectorScorer
+    if kind == "moderation":
+        from rectify.scoring.moderation import ModerationScorer
+
+        return ModerationScorer
     if kind == "instruction":
         from rectify.scoring.instruction import InstructionScorer
 

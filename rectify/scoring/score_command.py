@@ -13,14 +13,14 @@ from typing import Any
 from rectify.command_line import Parser, execute, say
 from rectify.errors import InvalidArgumentError
 from rectify.scoring.cache import CachedScorer, ScoreCache
-from rectify.scoring.load import SCORERS, load_scorer
+from rectify.scoring.load import SCORERS, judges_pairs, load_scorer
 from rectify.scoring.score_run import Inputs, write_scores
 from rectify.scoring.scores import check_attributes
 from rectify.scoring.streams import is_streaming
 from rectify.text_files import TEXT_COLUMN
 from rectify.version import __version__
 
-_OPTIONS = ("device", "endpoint", "rate", "workers", "languages", "labels", "min_severity")
+_OPTIONS = ("device", "endpoint", "rate", "workers", "languages", "labels", "min_severity", "threshold")
 
 
 def make_parser(prog: str) -> Parser:
@@ -54,6 +54,12 @@ def make_parser(prog: str) -> Parser:
     local.add_argument("--device", help="where a model runs")
     local.add_argument("--labels", nargs="+", metavar="LABEL=ATTRIBUTE", help="hf: what its labels mean")
     local.add_argument("--min_severity", type=float, help="keywords: the least severity of a term")
+    local.add_argument(
+        "--threshold",
+        metavar="NUMBER|NAME",
+        help="moderation: what a category must exceed to be flagged: a number, tuned (default where there is one), "
+        "prediction (0.4, else the default) or evaluation (0.5)",
+    )
     remote = parser.add_argument_group("perspective", "the key comes from the environment's PERSPECTIVE_API_KEY")
     remote.add_argument("--endpoint", metavar="URL", help="of a server that speaks its format")
     remote.add_argument("--rate", type=float, help="calls a second (default: 1)")
@@ -73,7 +79,8 @@ def _inputs(arguments: argparse.Namespace) -> Inputs:
                 raise InvalidArgumentError(f"output {arguments.output!r} is {name} as well: give another file")
     if arguments.batch_size < 1:
         raise InvalidArgumentError(f"batch_size is {arguments.batch_size}: give 1 or more")
-    return Inputs(tuple(arguments.files), tuple(arguments.text or ()), tuple(arguments.text_column))
+    texts = tuple(arguments.text or ())
+    return Inputs(tuple(arguments.files), texts, tuple(arguments.text_column), judges_pairs(arguments.scorer))
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:

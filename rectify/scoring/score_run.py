@@ -19,8 +19,8 @@ from rectify.command_line import say
 from rectify.errors import InvalidArgumentError
 from rectify.generation.output import GenerationFile
 from rectify.json_files import json_line, sha256_of
-from rectify.scoring.records import ERROR, SCORES, Place, Record, at, read_records
-from rectify.scoring.scores import Reason, Scorer, check_attributes
+from rectify.scoring.records import ERROR, SCORES, VERDICT, Place, Record, at, read_records
+from rectify.scoring.scores import Judge, Reason, Scorer, Scores, check_attributes, is_judge
 from rectify.scoring.streams import gathered, parts
 from rectify.text_files import TEXT_COLUMN
 
@@ -34,16 +34,17 @@ class Inputs:
 
     Attributes:
         files, texts: where they come from, one of the two.
-        text_columns: see `read_records`.
+        text_columns, pairs: see `read_records`.
     """
 
     files: tuple[str, ...]
     texts: tuple[str, ...]
     text_columns: tuple[str, ...] = (TEXT_COLUMN,)
+    pairs: bool = False
 
     def __iter__(self) -> Iterator[Record]:
         if self.files:
-            return read_records(self.files, self.text_columns)
+            return read_records(self.files, self.text_columns, self.pairs)
         return map(Record.of, self.texts)
 
     @cached_property
@@ -74,14 +75,18 @@ class Tally:
 
     Attributes:
         attributes: what was scored.
+        judged: whether there are verdicts.
         texts: how many there were.
         failures: how many lack a score, by reason.
+        flagged: how many verdicts flag a text, and how many do not.
         counts, totals, toxic: of each attribute how many scores, their sum, and how many of 0.5 or more.
     """
 
     attributes: tuple[str, ...]
+    judged: bool = False
     texts: int = 0
     failures: Counter[str] = field(default_factory=Counter)
+    flagged: Counter[bool] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     totals: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     toxic: Counter[str] = field(default_factory=Counter)
@@ -93,6 +98,8 @@ class Tally:
             self.texts += 1
             if ERROR in holder:
                 self.failures[holder[ERROR]] += 1
+            elif self.judged:
+                self.flagged[holder[VERDICT]["flagged"]] += 1
             for attribute, value in holder.get(SCORES, {}).items():
                 self.counts[attribute] += 1
                 self.totals[attribute] += value
@@ -108,6 +115,8 @@ class Tally:
                 said.append(f"{attribute}: mean {mean:.4f}, {share:.2%} at {TOXIC} or above")
             else:
                 said.append(f"{attribute}: no score")
+        if verdicts := self.flagged.total():
+            said.append(f"flagged: {self.flagged[True]} of {verdicts}, {self.flagged[True] / verdicts:.2%}")
         if failed:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.failures.most_common())
             said.append(f"without a score: {failed} ({reasons})")
@@ -123,7 +132,7 @@ def scored_parts(
     batch_size: int = 256,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> Iterator[list[tuple[Record, dict[str, Any]]]]:
-    """Score records, some at a time.
+    """Score records, some at a time; what a scorer that is a `Judge` says of each text goes beside the scores.
 
     Args:
         records: them.
@@ -139,19 +148,32 @@ def scored_parts(
         UnknownAttributeError: an attribute is none of the scorer's.
     """
     asked = check_attributes(scorer, attributes)
+    judge = scorer if is_judge(scorer) else None
+    every = tuple(dict.fromkeys((*asked, *(judge.verdict_attributes if judge is not None else ()))))
+    decisive = [every.index(name) for name in judge.verdict_attributes] if judge is not None else []
     for some in _parts_of(records, batch_size):
         texts = [text for record in some for text in record.texts]
         found = []
-        for part in parts(scorer, texts, asked, len(texts)):
+        for part in parts(scorer, texts, every, len(texts)):
             found += part
             progress(len(part))
-        scores = gathered(found, len(texts), asked)
+        scores = gathered(found, len(texts), every)
+        verdicts = [] if judge is None else _verdicts(judge, scores, decisive)
         done, start = [], 0
         for record in some:
             end = start + len(record.texts)
-            done.append((record, record.scored(asked, scores.values[start:end], scores.reasons[start:end])))
+            values, reasons = scores.values[start:end, : len(asked)], scores.reasons[start:end]
+            done.append((record, record.scored(asked, values, reasons, verdicts[start:end])))
             start = end
         yield done
+
+
+def _verdicts(judge: Judge, scores: Scores, columns: list[int]) -> list[dict[str, Any] | None]:
+    """What is said of each text that has all its scores."""
+    return [
+        judge.verdict(row[columns]) if reason is None else None
+        for row, reason in zip(scores.values, scores.reasons, strict=True)
+    ]
 
 
 def _parts_of(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
@@ -185,7 +207,7 @@ def write_scores(
         RectifyError: the scorer cannot go on.
     """
     total, asked = inputs.total, check_attributes(scorer, attributes)
-    tally = Tally(asked)
+    tally = Tally(asked, is_judge(scorer))
     records = iter(inputs)
     file = None
     if output is not None:

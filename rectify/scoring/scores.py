@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -115,6 +115,24 @@ class Scorer(Protocol):
         Raises:
             UnknownAttributeError: an attribute is none of the scorer's.
         """
+
+
+class Judge(Scorer, Protocol):
+    """A scorer that makes a verdict of its scores.
+
+    Attributes:
+        verdict_attributes: the attributes of which it does.
+    """
+
+    verdict_attributes: tuple[str, ...]
+
+    def verdict(self, values: np.ndarray) -> dict[str, Any]:
+        """What is said of a text whose scores of `verdict_attributes` are these, `[A]`; with `flagged`, a bool."""
+
+
+def is_judge(scorer: Scorer) -> TypeGuard[Judge]:
+    """Whether a scorer makes a verdict of its scores."""
+    return callable(getattr(scorer, "verdict", None))
 
 
 class UnknownAttributeError(InvalidArgumentError):

@@ -6,6 +6,7 @@ from rectify.command_line import Parser
 
 KINDS = {
     "detector": "a toxicity classifier, from labelled texts",
+    "moderation": "a moderation of questions with their answers in categories of harm, from judged pairs",
     "gate": "a gate that weights detectors of several platforms for each text",
     "scorer": "a scorer in place of Perspective, from texts with scores",
     "instruction": "a detector that answers, and may explain itself, from labelled texts and rationales",
@@ -30,6 +31,8 @@ def main(argv: list[str] | None = None, prog: str = "rectify train") -> int:
     # kinds are imported when called, as verbs are
     if kind == "detector":
         from rectify.training.detector_command import main as train
+    elif kind == "moderation":
+        from rectify.training.moderation_command import main as train
     elif kind == "gate":
         from rectify.training.gate_command import main as train
     elif kind == "scorer":

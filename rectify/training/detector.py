@@ -1,8 +1,8 @@
-"""Training of a toxicity classifier: LoRA adapter and head, by cross-entropy with hard or soft labels."""
+"""Training of a toxicity classifier: an adapter and a head, or all weights, on labels that are hard or soft."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
-    PreTrainedModel,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -34,7 +35,9 @@ from rectify.training.trainer import AdapterTrainer, use_fast_attention
 RESULTS_FILE = "all_results.json"
 
 Label = float | Sequence[float]
-Row = tuple[str, Label] | tuple[str, Label, str]
+Text = str | tuple[str, str]
+"""A text, or a question and its answer, as the classifier reads them."""
+Row = tuple[Text, Label] | tuple[Text, Label, str]
 
 
 @dataclass
@@ -75,6 +78,20 @@ class DetectorSettings:
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise InvalidArgumentError(f"early_stopping_patience is {self.early_stopping_patience}: give 1 or more")
 
+    def classifier_settings(self) -> dict[str, Any]:
+        """The arguments of `from_backbone` but for the labels."""
+        return {
+            "name": self.model_name_or_path,
+            "revision": self.model_revision,
+            "form": self.form,
+            "quantization": self.quantization,
+            "max_length": self.max_length,
+            "lora_r": self.lora_r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": self.target_modules,
+        }
+
 
 def train_detector(
     settings: DetectorSettings,
@@ -83,6 +100,8 @@ def train_detector(
     validation: Sequence[Row],
     callbacks: Sequence[TrainerCallback] = (),
     labels: Sequence[str] = ("toxic",),
+    kind: type[ToxicityClassifier] = ToxicityClassifier,
+    finish: Callable[[Any, np.ndarray, np.ndarray], dict[str, Any]] | None = None,
 ) -> ToxicityClassifier:
     """Train a classifier and save it in `arguments.output_dir`; killed, the same call goes on from its checkpoint.
 
@@ -97,6 +116,9 @@ def train_detector(
             NaN where it is not known, and, if it is to be told, the source of each.
         callbacks: of the Trainer.
         labels: what the classifier's logits stand for.
+        kind: of classifier.
+        finish: given the trained classifier, and probabilities and labels of the validation texts, `[N, L]` each; what
+            it returns is added to what is recorded.
 
     Returns:
         The classifier, in evaluation mode, on the device that it was trained on.
@@ -116,19 +138,8 @@ def train_detector(
     callbacks = [*callbacks, *early_stopping(settings.early_stopping_patience, arguments), _GradientCheck()]
     checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **asdict(settings), texts_sha256=digest)
     set_seed(arguments.seed)
-    classifier = ToxicityClassifier.from_backbone(
-        settings.model_name_or_path,
-        revision=settings.model_revision,
-        labels=labels,
-        form=settings.form,
-        quantization=settings.quantization,
-        max_length=settings.max_length,
-        lora_r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=settings.target_modules,
-    )
-    use_fast_attention(cast(PreTrainedModel, classifier.model.get_base_model()), arguments)
+    classifier = kind.from_backbone(labels=labels, **settings.classifier_settings())
+    use_fast_attention(classifier.inner, arguments)
     data, held = (
         EncodedTexts(classifier, part, name) for part, name in zip(rows, ("train", "validation"), strict=True)
     )
@@ -165,13 +176,29 @@ def train_detector(
         **figures,
     }
     results |= {name: figures[name] for name in ("calibrated", "sources") if name in figures}
+    if finish is not None:
+        further = finish(classifier, classifier.config.probabilities(logits).numpy(), held.labels)
+        results |= further
+        classifier.config.training |= further
     results["history"] = trainer.state.log_history
+    whole = whole_weights(classifier.model)
     if trainer.is_world_process_zero():
         folder = Path(str(arguments.output_dir))
-        classifier.save_pretrained(folder)
+        classifier.save_pretrained(folder, whole)
         # the last file, as it says that the training is finished
         write_json(folder / RESULTS_FILE, results)
     return classifier.eval()
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """The weights of a model whose parameters are sharded, whole, on the CPU, and on the first process alone.
+
+    All processes are to call it. `None` where nothing is sharded.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
 
 
 def _compute_metrics(labels: Sequence[str], prediction: EvalPrediction) -> dict[str, float]:
@@ -349,7 +376,7 @@ class _Training(nn.Module):
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
         """Called by the Trainer for `--gradient_checkpointing`."""
-        backbone = cast(PreTrainedModel, self.classifier.model.get_base_model())
+        backbone = self.classifier.inner
         backbone.gradient_checkpointing_enable(**settings)
         backbone.enable_input_require_grads()  # the backbone is frozen, and nothing before it has a gradient
 
