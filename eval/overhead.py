@@ -40,8 +40,8 @@ from rectify.evaluation.overhead_display import (
 from rectify.evaluation.overhead_memory import peak_memory
 from rectify.evaluation.overhead_profile import agreement, profile
 from rectify.evaluation.plotting import check_plot
-from rectify.generation.output import write_json
 from rectify.hub import DTYPES, available_device
+from rectify.json_files import write_json
 
 PARTS = ("time", "memory", "profile", "agreement")
 

@@ -35,7 +35,7 @@ import requests
 
 from rectify.command_line import Parser, execute, say
 from rectify.errors import InvalidArgumentError, RectifyError
-from rectify.generation.output import write_json
+from rectify.json_files import write_json
 from rectify.scoring.load import load_scorer
 from rectify.scoring.records import read_records
 from rectify.scoring.scores import Scorer

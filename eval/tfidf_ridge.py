@@ -18,7 +18,7 @@ from sklearn.pipeline import make_union
 
 from rectify.command_line import Parser, execute
 from rectify.evaluation.agreement import agreement, agreement_table
-from rectify.generation.output import write_json
+from rectify.json_files import write_json
 from rectify.scoring.score_tables import perspective_scores
 from rectify.scoring.scores import ATTRIBUTES
 

@@ -1,5 +1,6 @@
 """rectify: decoding-time detoxification of language models by dead-end analysis."""
 
+from rectify.detector_value import DetectorValue
 from rectify.errors import (
     CheckpointError,
     InvalidArgumentError,
@@ -19,6 +20,7 @@ __all__ = [
     "Cap",
     "CheckpointError",
     "DeadEndQNetwork",
+    "DetectorValue",
     "InvalidArgumentError",
     "Mask",
     "PromptError",

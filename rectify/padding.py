@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.errors import InvalidArgumentError
+
+
+def follows(real: Tensor) -> Tensor:
+    """Which tokens come after another one of their text: `[B, T]` 0 and 1, or bool, to `[B, T]` bool."""
+    real = real.bool()
+    return torch.nn.functional.pad(real[:, :-1], (1, 0)) & real
 
 
 class Padding:
@@ -65,3 +73,11 @@ class Padding:
         padding = leading - leading.min() if self._pad_is_text else leading
         padding = padding.clamp_max(input_ids.shape[1] - 1)
         return torch.arange(input_ids.shape[1], device=input_ids.device) >= padding
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of texts, `[B, T]` int64 each, padded on the left."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*[0] * (longest - len(row)), *row] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, (torch.arange(longest, 0, -1, device=device) <= lengths[:, None]).long()

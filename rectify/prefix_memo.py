@@ -139,43 +139,60 @@ class PrefixMemo:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def branch_states(self, prefixes: Tensor, tokens: Tensor) -> Tensor:
-        """The state after each of several next tokens of each prefix, in one run over the tokens alone.
+    def branch_states(self, prefixes: Tensor, tokens: Tensor, real: Tensor | None = None) -> Tensor:
+        """The state after each of several next tokens of each prefix.
 
-        The tokens of a row read its prefix and themselves, not each other; what was kept of the prefixes is read where
-        it is, and nothing of the tokens is kept. Only for trunks whose attention reaches the whole text.
+        All of them are read in one run, with the last token of each prefix where that is new. The tokens of a row read
+        its prefix and themselves, not each other; what was kept of the prefixes is read where it is, and nothing of the
+        tokens is kept. Models that cannot do so, and memos without a cache, read whole texts.
 
         Args:
             prefixes: as in `last_hidden`.
             tokens: `[B, K]` int64.
+            real: `[B, K]` bool, which tokens are asked for; `None` for all. The others cost little or nothing.
 
         Returns:
-            `[B, K, hidden_size]`.
+            `[B, K, hidden_size]`; where a token was not asked for, anything.
         """
-        self.last_hidden(prefixes)
-        length, count = prefixes.shape[1], tokens.shape[1]
-        _, parents = self._match(prefixes)
+        model = cast(BranchingModel, self.q_network)
+        real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+        if not self.use_cache or not model.branches:
+            self.clear()
+            rows, places = real.nonzero(as_tuple=True)
+            ends = self._encode(torch.cat((prefixes[rows], tokens[rows, places, None]), 1), 0)[:, -1]
+            return ends.new_zeros(*tokens.shape, ends.shape[-1]).index_put_((rows, places), ends)
+        kept, parents = self._match(prefixes)
+        if not 0 < kept >= prefixes.shape[1] - 1:
+            self.last_hidden(prefixes)
+            kept, parents = self._match(prefixes)
         assert self._cache is not None
+        assert self._ids is not None
         assert self._hidden is not None
         try:
-            if parents is not None or self._hidden.view().shape[1] > length:
-                self._keep(length, parents)
-            real = prefixes != MASKED
-            apart = torch.eye(count, dtype=torch.bool, device=real.device).expand(len(real), -1, -1)
-            seen = torch.cat((real[:, None].expand(-1, count, -1), apart), -1)[:, None]
-            states = cast(BranchingModel, self.q_network).encode_branches(
-                tokens.clamp(0, self.q_network.config.vocab_size - 1),
-                seen,
-                real.sum(-1, keepdim=True).expand(-1, count),
+            if parents is not None or self._ids.length > kept:
+                self._keep(kept, parents)
+            text = prefixes != MASKED
+            last = prefixes[:, kept:]
+            new, total = last.shape[1], last.shape[1] + tokens.shape[1]
+            apart = torch.eye(total, dtype=torch.bool, device=text.device).repeat(len(text), 1, 1)
+            apart[:, new:, :new] = text[:, None, kept:]
+            states = model.encode_branches(
+                torch.cat((last, tokens), 1).clamp(0, self.q_network.config.vocab_size - 1),
+                torch.cat((text[:, None, :kept].expand(-1, total, -1), apart), -1)[:, None],
+                (text.cumsum(-1)[:, -1:] - (torch.arange(total, device=text.device) < new).long()).clamp_min(0),
                 self._cache,
+                torch.cat((torch.ones_like(last, dtype=torch.bool), real), 1),
             )
             for layer in self._cache.layers:
                 assert isinstance(layer, _GrowingLayer)
-                layer.keep(length, None)
+                layer.keep(kept + new, None)
+            if new:
+                self._ids.append(last)
+                self._hidden.append(states[:, :new])
         except BaseException:
             self.clear()
             raise
-        return states
+        return states[:, new:]
 
     def _match(self, prefixes: Tensor) -> tuple[int, Tensor | None]:
         """How many leading positions can be reused by all rows, and from which rows (`None`: each from its own)."""

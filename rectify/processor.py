@@ -5,20 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.errors import InvalidArgumentError, VocabularyMismatchError
+from rectify.detector_value import DetectorValue
+from rectify.errors import InvalidArgumentError
 from rectify.padding import Padding
-from rectify.prefix_memo import MASKED, PrefixMemo
-from rectify.q_network import DeadEndQNetwork
+from rectify.prefix_memo import MASKED
+from rectify.q_network import DeadEndQNetwork, token_risks
+from rectify.q_value import QValue
 from rectify.risk_model import RiskModel
-from rectify.rule import Rectified, Rule, Tilt, rectify, rectify_support, support_of
+from rectify.rule import Rectified, Rule, Tilt, rectify, rectify_candidates, rectify_support
 from rectify.sampling import Sampling
-from rectify.trunk_tap import TrunkTap
+from rectify.support import Support, support_of
+
+Combination = Literal["product", "max"]
 
 _SUPPORT = 8
 """Where truncation leaves this part of the vocabulary or less, only that is valued."""
@@ -54,7 +58,7 @@ class Statistics:
 
 
 class RectificationProcessor(LogitsProcessor):
-    """Rectifies next-token scores with a dead-end Q network.
+    """Rectifies next-token scores with a dead-end Q network, a detector of toxicity, or both.
 
     For `model.generate(..., logits_processor=[processor], **processor.generate_kwargs())`. The sampling settings belong
     to the processor, which applies them before the rule; `generate_kwargs()` switches them off in `generate`. A call is
@@ -62,20 +66,24 @@ class RectificationProcessor(LogitsProcessor):
     sampling, beam and assisted decoding.
 
     Args:
-        q_network: the dead-end Q network, or another risk model (`StaticTokenRisk`); put in evaluation mode.
+        q_network: the dead-end Q network, or another risk model (`StaticTokenRisk`); put in evaluation mode. `None`
+            where a detector alone tells the risk.
         rule: how its values change the policy.
         model: the model to be rectified. Its vocabulary size is checked, and its generation_config gives the sampling
             settings that are not given here.
         tokenizer: the model's tokenizer. Its vocabulary is checked, and its padding token (else that of the model's
             generation_config) tells padding from text.
         attention_mask: see `set_attention_mask`.
-        use_cache: reuse the trunk's states between calls; `False` is the slow reference.
+        use_cache: reuse the states of the Q network's trunk between calls; `False` is the slow reference.
+        detector: of toxicity. It values its candidates alone, and all other tokens are removed.
+        combination: how Q network and detector make one risk: `"product"` of their survival probabilities, as if they
+            told of unrelated harms, or the `"max"` of their risks.
         **sampling: the settings of `Sampling` (`do_sample`, `temperature`, `top_k`, `top_p` …). `do_sample=False`
             means that nothing is warped; leave it out to decide in the call of `generate`.
 
     Raises:
         VocabularyMismatchError: model or tokenizer have another vocabulary.
-        InvalidArgumentError: a sampling setting is out of range.
+        InvalidArgumentError: a sampling setting is out of range, or there is neither Q network nor detector.
 
     Example:
         >>> from rectify import RectificationProcessor, load_language_model
@@ -93,13 +101,15 @@ class RectificationProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        q_network: RiskModel,
+        q_network: RiskModel | None,
         rule: Rule | None = None,
         *,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         attention_mask: Tensor | None = None,
         use_cache: bool = True,
+        detector: DetectorValue | None = None,
+        combination: Combination = "product",
         **sampling: Any,
     ) -> None:
         unknown = sampling.keys() - Sampling.__dataclass_fields__.keys()
@@ -107,24 +117,27 @@ class RectificationProcessor(LogitsProcessor):
             raise InvalidArgumentError(
                 f"{sorted(unknown)[0]} is not a sampling setting: they are {', '.join(Sampling.__dataclass_fields__)}"
             )
-        self.q_network = q_network.eval()  # with dropout it would be no function of the prefix
+        if q_network is None and detector is None:
+            raise InvalidArgumentError("q_network is None, and there is no detector: give one of them, or both")
+        check_combination(combination)
+        self._q = None if q_network is None else QValue(q_network, model, tokenizer, use_cache)
+        self.detector, self.combination = detector, combination
         self.rule = rule if rule is not None else Tilt()
         self.sampling = Sampling.resolve(model.generation_config if model is not None else None, **sampling)
-        self._warpers = self.sampling.warpers(model.device if model is not None else q_network.device)
+        reader = q_network if q_network is not None else cast(DetectorValue, detector)
+        self._warpers = self.sampling.warpers(model.device if model is not None else reader.device)
         self._truncates = self.sampling.truncates
         _keep_freed_memory()
-        self._memo: PrefixMemo | TrunkTap = PrefixMemo(q_network, use_cache)
-        if model is not None and getattr(q_network, "trunk", None) is model.base_model:
-            self._memo = TrunkTap(q_network, model, use_cache)
-        self._same_vocabulary = False
-        if tokenizer is not None and q_network.config.vocabulary is not None:
-            q_network.config.vocabulary.check(tokenizer)
-            self._same_vocabulary = True
-        if model is not None:
-            self._check_width(model.config.get_text_config().vocab_size)
+        if model is not None and self._q is not None:
+            self._q.check_width(model.config.get_text_config().vocab_size)
         self._padding = Padding(model, tokenizer)
         self.set_attention_mask(attention_mask)
         self.reset()
+
+    @property
+    def q_network(self) -> RiskModel | None:
+        """The Q network, or another risk model; `None` where a detector alone tells the risk."""
+        return None if self._q is None else self._q.q_network
 
     @classmethod
     def from_pretrained(cls, name: str | Path, rule: Rule | None = None, **arguments: Any) -> RectificationProcessor:
@@ -156,8 +169,11 @@ class RectificationProcessor(LogitsProcessor):
         self._padding.set_attention_mask(attention_mask)
 
     def reset(self) -> None:
-        """Forget the statistics and all cached states (needed after the network's weights were changed)."""
-        self._memo.clear()
+        """Forget the statistics and all cached states (needed after a network's weights were changed)."""
+        if self._q is not None:
+            self._q.memo.clear()
+        if self.detector is not None:
+            self.detector.clear()
         self._sums: Tensor | None = None
         self._decisions = 0
 
@@ -180,8 +196,8 @@ class RectificationProcessor(LogitsProcessor):
         Raises:
             VocabularyMismatchError: V is not the Q network's vocabulary size, and no tokenizer was given to show that
                 the vocabularies agree.
-            InvalidArgumentError: the prefixes are empty or longer than the Q network's context, or the attention mask
-                is that of other prompts.
+            InvalidArgumentError: the prefixes are empty or longer than the context of Q network or detector, or the
+                attention mask is that of other prompts.
         """
         result = self.decide(input_ids, scores)
         if result is None:
@@ -195,65 +211,92 @@ class RectificationProcessor(LogitsProcessor):
 
         Arguments and errors are those of a call.
         """
-        hidden = self._last_hidden(input_ids, scores.shape[-1])
-        if hidden is None:
+        prefixes, hidden = self._state(input_ids, scores.shape[-1])
+        if self._q is not None and hidden is None:
             return None
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        warped = self._warpers(cast(LongTensor, input_ids), cast(FloatTensor, scores))
-        width = scores.shape[-1]
+        scores, warped = self._warped(input_ids, scores)
+        if self.detector is not None:
+            candidates = self.detector.candidates_of(warped, self.sampling.least)
+            survival = self._candidate_log_survival(prefixes, hidden, candidates, scores.shape[-1])
+            return rectify_candidates(warped, candidates, survival.to(scores.device), self.rule, scores)
+        q, states, width = cast(QValue, self._q), cast(Tensor, hidden), scores.shape[-1]
         support = support_of(warped, width // _SUPPORT) if self._truncates else None
         if support is None:
-            log_survival = self._log_survival(hidden, None, width).to(scores.device)
+            log_survival = q.log_survival(states, None, width).to(scores.device)
             return rectify(warped, log_survival, self.rule, unwarped=scores if self._truncates else None)
 
         def of_some(rows: Tensor | None, tokens: Tensor | None) -> Tensor:
-            return self._log_survival(hidden if rows is None else hidden[rows], tokens, width).to(scores.device)
+            return q.log_survival(states if rows is None else states[rows], tokens, width).to(scores.device)
 
         return rectify_support(warped, support, of_some, self.rule, scores)
 
     @torch.no_grad()
     def next_token_log_survival(self, input_ids: Tensor, vocab_size: int | None = None) -> Tensor:
-        """`log(1 + Q)` of every token after each prefix: `[B, T]` ids to `[B, vocab_size]` float32."""
-        hidden = self._last_hidden(input_ids, vocab_size)
-        if hidden is None:
-            raise InvalidArgumentError("another model asks than the one whose hidden states the Q network reads")
-        return self._log_survival(hidden, None, vocab_size)
+        """`log(1 + Q)` of every token after each prefix: `[B, T]` ids to `[B, vocab_size]` float32.
 
-    def _last_hidden(self, input_ids: Tensor, vocab_size: int | None) -> Tensor | None:
-        """The states after the prefixes, `[B, H]`; `None` where an assistant drafts, which is left alone."""
-        self._check_width(vocab_size)
-        if not input_ids.shape[1] and not isinstance(self._memo, TrunkTap):
-            raise InvalidArgumentError("input_ids are empty: give generate token ids, not inputs_embeds")
-        real = self._padding.real(input_ids)
-        context = self.q_network.context
-        if context is not None and input_ids.shape[1] > context and (longest := int(real.sum(-1).max())) > context:
-            raise InvalidArgumentError(
-                f"the text is {longest} tokens long, and the Q network's context is {context}: "
-                "generate fewer tokens, or use a Q network with a longer context"
-            )
-        prefixes = input_ids.masked_fill(~real, MASKED).to(self.q_network.device)
-        return self._memo.last_hidden(prefixes)
+        Raises:
+            InvalidArgumentError: a detector tells the risk of its candidates alone; see `log_survival_of`.
+        """
+        if self.detector is not None or self._q is None:
+            raise InvalidArgumentError("a detector values no other tokens than its candidates: ask log_survival_of")
+        _, hidden = self._state(input_ids, vocab_size)
+        return self._q.log_survival(_known(hidden), None, vocab_size)
 
-    def _log_survival(self, hidden: Tensor, tokens: Tensor | None, vocab_size: int | None) -> Tensor:
-        """`log(1 + Q)` in `[B, H]` states: `[B, vocab_size]`, or of `[B, K]` tokens."""
-        hidden = hidden.to(self.q_network.device)
-        own = self.q_network.config.vocab_size
-        # rows that pad a model's embeddings stand for no token
-        if tokens is not None:
-            tokens = tokens.to(hidden.device)
-            log_survival = self.q_network.head.log_survival(hidden, tokens.clamp_max(own - 1))
-            return log_survival if vocab_size == own else log_survival.masked_fill(tokens >= own, -torch.inf)
-        log_survival = self.q_network.head.log_survival(hidden)
-        extra = 0 if vocab_size is None else vocab_size - own
-        return torch.nn.functional.pad(log_survival, (0, extra), value=-torch.inf) if extra else log_survival
+    @torch.no_grad()
+    def log_survival_of(self, input_ids: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
+        """`log(1 + Q)` of some tokens after each prefix, as a call values them.
 
-    def _check_width(self, vocab_size: int | None) -> None:
-        own = self.q_network.config.vocab_size
-        if vocab_size is not None and vocab_size != own and not self._same_vocabulary:
-            raise VocabularyMismatchError(
-                f"the model scores {vocab_size} tokens, the Q network {own}: use a Q network of the model's "
-                "vocabulary, or pass the tokenizer if the model's embeddings are only padded"
-            )
+        Args:
+            input_ids, scores: of a call.
+            tokens: `[B, K]` int64.
+
+        Returns:
+            `[B, K]` float32; NaN where a token is no candidate of the detector, and so is not valued.
+        """
+        prefixes, hidden = self._state(input_ids, scores.shape[-1])
+        states = None if self._q is None else _known(hidden)
+        if self.detector is None:
+            return cast(QValue, self._q).log_survival(cast(Tensor, states), tokens, scores.shape[-1])
+        _, warped = self._warped(input_ids, scores)
+        candidates = self.detector.candidates_of(warped, self.sampling.least)
+        asked = candidates.spread(torch.zeros_like(candidates.tokens, dtype=warped.dtype), warped.shape[-1])
+        real = asked.gather(-1, tokens) == 0
+        found = self._candidate_log_survival(prefixes, states, Support(tokens, real), scores.shape[-1])
+        return found.masked_fill(~real, torch.nan)
+
+    @torch.no_grad()
+    def token_risks(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The risk of each token of finished texts by Q network and detector together; see `rectify.token_risks`."""
+        risks = [
+            token_risks(each, input_ids, attention_mask).to(input_ids.device)
+            for each in (self.q_network, self.detector)
+            if each is not None
+        ]
+        if len(risks) == 1:
+            return risks[0]
+        return torch.maximum(*risks) if self.combination == "max" else 1 - (1 - risks[0]) * (1 - risks[1])
+
+    def _state(self, input_ids: Tensor, vocab_size: int | None) -> tuple[Tensor, Tensor | None]:
+        """The prefixes with their padding `MASKED`, and the Q network's states after them, if it has any."""
+        if self._q is not None:
+            self._q.check_width(vocab_size)
+        prefixes = input_ids.masked_fill(~self._padding.real(input_ids), MASKED)
+        return prefixes, None if self._q is None else self._q.last_hidden(prefixes)
+
+    def _warped(self, input_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores in float32 or better, before and after the warpers."""
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return scores, self._warpers(cast(LongTensor, input_ids), cast(FloatTensor, scores))
+
+    def _candidate_log_survival(
+        self, prefixes: Tensor, hidden: Tensor | None, candidates: Support, vocab_size: int
+    ) -> Tensor:
+        """`log(1 + Q)` of candidates, by the detector and, if there is one, the Q network: `[B, K]`."""
+        found = cast(DetectorValue, self.detector).log_survival(prefixes, candidates)
+        if self._q is None or hidden is None:
+            return found
+        other = self._q.log_survival(hidden, candidates.tokens, vocab_size).to(found.device)
+        return found + other if self.combination == "product" else torch.minimum(found, other)
 
     def _count(self, result: Rectified) -> None:
         events = (result.capped, result.moved, result.widened, result.dead_end)
@@ -261,3 +304,19 @@ class RectificationProcessor(LogitsProcessor):
         sums = sums if sums.device.type == "mps" else sums.double()  # MPS has no float64
         self._sums = sums if self._sums is None else self._sums + sums
         self._decisions += result.moved.shape[0]
+
+
+def check_combination(combination: str) -> None:
+    """Refuse what is no way to make one risk of two.
+
+    Raises:
+        InvalidArgumentError: it is none.
+    """
+    if combination not in get_args(Combination):
+        raise InvalidArgumentError(f"combination is {combination!r}: give one of {', '.join(get_args(Combination))}")
+
+
+def _known(hidden: Tensor | None) -> Tensor:
+    if hidden is None:
+        raise InvalidArgumentError("another model asks than the one whose hidden states the Q network reads")
+    return hidden

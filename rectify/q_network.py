@@ -20,7 +20,8 @@ from transformers import AutoModel, Cache, PreTrainedModel, PreTrainedTokenizerB
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.heads import LowRankHead, PublishedHead
 from rectify.hub import checkpoint_folder, model_place
-from rectify.risk_model import RiskModel
+from rectify.padding import follows
+from rectify.risk_model import TextRisk
 from rectify.trunk_states import hidden_states, takes_positions
 from rectify.vocabulary import Fingerprint
 
@@ -268,9 +269,7 @@ class DeadEndQNetwork(nn.Module):
         values = torch.nn.functional.pad(values, (1, 0), value=torch.nan)
         if attention_mask is None:
             return values
-        real = attention_mask.bool()
-        follows = torch.nn.functional.pad(real[:, :-1], (1, 0)) & real
-        return values.masked_fill(~follows, torch.nan)
+        return values.masked_fill(~follows(attention_mask), torch.nan)
 
 
 @torch.no_grad()
@@ -307,11 +306,11 @@ def _shared_trunk(
 
 
 @torch.no_grad()
-def token_risks(q_network: RiskModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def token_risks(q_network: TextRisk, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """The risk `−Q(s, a)` of each token of finished texts: how probable a toxic ending was once it was chosen.
 
     Args:
-        q_network: the network, or another risk model.
+        q_network: the network, another risk model, or a detector's value.
         input_ids: `[B, T]` int64.
         attention_mask: `[B, T]`, 0 at padding.
 

@@ -47,29 +47,41 @@ class StateModel(Protocol):
 
 
 class BranchingModel(StateModel, Protocol):
-    """One that also reads several next tokens of a prefix side by side."""
+    """One that may also read several next tokens of a prefix side by side."""
 
-    def encode_branches(self, tokens: Tensor, seen: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """The states after each of `[B, K]` tokens, `[B, K, H]`; the cache is extended by them.
+    @property
+    def branches(self) -> bool:
+        """Whether `encode_branches` may be called; without it, each text is read by itself."""
+
+    def encode_branches(self, tokens: Tensor, seen: Tensor, positions: Tensor, cache: Cache, real: Tensor) -> Tensor:
+        """The states after `[B, K]` tokens, `[B, K, H]`; the cache is extended by them.
 
         Args:
             tokens: int64.
             seen: `[B, 1, K, past + K]` bool, what each token may read.
             positions: `[B, K]` int64.
             cache: of the prefixes.
+            real: `[B, K]` bool, which tokens are asked for; the states of the others may be anything.
         """
 
 
-class RiskModel(StateModel, Protocol):
+class TextRisk(Protocol):
+    """The risk of each token of finished texts."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    def action_values(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`Q` of each token that was taken: `[B, T]` float32, NaN at padding and at the first real token."""
+
+
+class RiskModel(StateModel, TextRisk, Protocol):
     """A state after each prefix, and a head that values every next token in it."""
 
     @property
     def head(self) -> RiskHead:
         """From states to values."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
 
     @property
     def context(self) -> int | None:
@@ -80,6 +92,3 @@ class RiskModel(StateModel, Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained weights."""
-
-    def action_values(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """`Q` of each token that was taken: `[B, T]` float32, NaN at padding and at the first real token."""

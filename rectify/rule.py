@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rectify.errors import InvalidArgumentError
+from rectify.support import Support
 
 # A normaliser beyond this is that of raw logits: it says nothing, and float32 is coarse there.
 _COMPARABLE = 16.0
@@ -318,31 +319,6 @@ def rectify(scores: Tensor, log_survival: Tensor, rule: Rule, unwarped: Tensor |
     return _replaced(result, rows, _widen(scores[rows], log_survival[rows], rule, whole))
 
 
-class Support(NamedTuple):
-    """The tokens that truncation left of each policy.
-
-    Attributes:
-        tokens: `[B, K]` int64, K the size of the largest; shorter rows are filled up with any id.
-        real: `[B, K]` bool, False where a row is filled up.
-    """
-
-    tokens: Tensor
-    real: Tensor
-
-
-def support_of(scores: Tensor, largest: int) -> Support | None:
-    """The tokens of `[B, V]` scores that are not `-inf`; `None` where a row has more than `largest`."""
-    kept = scores > -math.inf
-    counts = kept.sum(-1)
-    size = int(counts.max())
-    if not 0 < size <= largest:
-        return None
-    rows, columns = kept.nonzero(as_tuple=True)
-    places = torch.arange(len(rows), device=scores.device) - (counts.cumsum(0) - counts)[rows]
-    tokens = columns.new_zeros(len(scores), size).index_put_((rows, places), columns)
-    return Support(tokens, torch.arange(size, device=scores.device) < counts[:, None])
-
-
 def rectify_support(
     scores: Tensor, support: Support, log_survival: Callable[[Tensor | None, Tensor | None], Tensor], rule: Rule,
     unwarped: Tensor,
@@ -356,20 +332,43 @@ def rectify_support(
             of the whole vocabulary in these rows, `[R, V]`, asked for where truncation left no feasible policy.
         rule, unwarped: as in `rectify`.
     """
-    left = scores.gather(-1, support.tokens).masked_fill_(~support.real, -math.inf)
+    left = support.of(scores)
     log_policy, normaliser = _normalise_(left.clone())
     survival = log_survival(None, support.tokens).to(left.dtype)
     reshaped = rule.apply(log_policy, survival.masked_fill(~support.real, 0))
     result = _answer(left, log_policy, normaliser, reshaped)
-    whole = torch.full_like(scores, -math.inf)
-    rows, places = support.real.nonzero(as_tuple=True)
-    whole[rows, support.tokens[rows, places]] = result.scores[rows, places]
-    result = result._replace(scores=whole)
+    result = result._replace(scores=support.spread(result.scores, scores.shape[-1]))
     infeasible = _infeasible(rule, reshaped)
     if infeasible is None:
         return result
     survival = log_survival(infeasible, None).to(left.dtype)
     return _replaced(result, infeasible, _widen(scores[infeasible], survival, rule, unwarped[infeasible]))
+
+
+def rectify_candidates(
+    scores: Tensor, candidates: Support, log_survival: Tensor, rule: Rule, unwarped: Tensor
+) -> Rectified:
+    """`rectify` where only some tokens have a known risk: the others are removed, so that what the rule promises holds.
+
+    A policy that is infeasible on the candidates is widened no further than to their probabilities before the warpers;
+    where that is infeasible too, the answer to a dead end is one of candidates alone.
+
+    Args:
+        scores: `[B, V]` after the warpers, float32 or better.
+        candidates: the tokens whose risk is known, at least one in each row.
+        log_survival: `[B, K]` `log(1 + Q)` of the candidates.
+        rule: the rule.
+        unwarped: `[B, V]` scores before the warpers.
+
+    Returns:
+        Of the whole vocabulary. What is moved is the distance to the policy of all tokens, so the probability of those
+        that were removed is part of it.
+    """
+    left, whole = candidates.of(scores), candidates.of(unwarped)
+    result = rectify(left, log_survival.masked_fill(~candidates.real, 0), rule, whole)
+    base = left - scores.logsumexp(-1, keepdim=True)
+    overlap = torch.minimum(base, _normalise(result.scores)).exp_().sum(-1)
+    return result._replace(scores=candidates.spread(result.scores, scores.shape[-1]), moved=(1 - overlap).clamp_(0, 1))
 
 
 def _answer(scores: Tensor, log_policy: Tensor, normaliser: Tensor, reshaped: Reshaped) -> Rectified:

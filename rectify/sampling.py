@@ -117,12 +117,17 @@ class Sampling:
         """Whether a warper can remove tokens."""
         return any(not isinstance(warper, TemperatureLogitsWarper) for warper in self.warpers())
 
+    @property
+    def least(self) -> int:
+        """How many tokens are kept at least."""
+        return self.num_ends + 1 if self.num_beams > 1 else 1
+
     def warpers(self, device: Any = "cpu") -> LogitsProcessorList:
         """The warpers in the order of `generate`, as its own classes."""
         warpers = LogitsProcessorList()
         if self.do_sample is False:
             return warpers
-        keep = self.num_ends + 1 if self.num_beams > 1 else 1
+        keep = self.least
         if self.temperature not in (None, 1.0):
             warpers.append(TemperatureLogitsWarper(float(self.temperature)))  # type: ignore[arg-type]
         if self.top_h is not None:

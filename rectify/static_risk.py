@@ -20,6 +20,7 @@ from transformers import Cache
 
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.hub import checkpoint_folder
+from rectify.padding import follows
 from rectify.vocabulary import Fingerprint
 
 CONFIG_FILE, TABLE_FILE = "static_risk.json", "static_risk.safetensors"
@@ -208,5 +209,4 @@ class StaticTokenRisk(nn.Module):
             attention_mask: `[B, T]`, 0 at padding.
         """
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        follows = nn.functional.pad(real[:, :-1], (1, 0)) & real
-        return self.head(self.encode(input_ids), input_ids.where(real, 0)).masked_fill(~follows, torch.nan)
+        return self.head(self.encode(input_ids), input_ids.where(real, 0)).masked_fill(~follows(real), torch.nan)

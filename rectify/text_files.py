@@ -1,10 +1,11 @@
-"""Text files: texts, and their labels, from JSON lines, CSV, TSV and plain text."""
+"""Text files: texts, and their labels or spans, from JSON lines, CSV, TSV and plain text."""
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from rectify.errors import InvalidArgumentError, TrajectoryError
 
 TEXT_COLUMN = "text"
+SPANS_COLUMN = "spans"
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _LONGEST_CELL = 2**24  # characters; the csv module's own limit, 2**17, is below what long documents need
@@ -23,6 +25,13 @@ class LabelledText(NamedTuple):
 
     text: str
     label: float
+
+
+class AnnotatedText(NamedTuple):
+    """A text and its toxic spans, `(start, end)` in Python's places, end exclusive; sorted, without overlaps."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
 
 
 def read_texts(paths: Sequence[str | Path], text_columns: Sequence[str] = (TEXT_COLUMN,)) -> list[str]:
@@ -169,6 +178,22 @@ def named_rows(
         yield place, row, _text(row, text_column, place), known[word]
 
 
+def read_annotated_texts(paths: Sequence[str | Path]) -> list[AnnotatedText]:
+    """The texts of CSV, TSV and JSON-lines files with their toxic spans, in their order.
+
+    A row or object has a `text`, and `spans` that are either characters, `[4, 5, 6]`, as in the files of SemEval-2021
+    Task 5, where they stand as a literal of Python, or pairs of start and end, `[[4, 7]]`. Spans may begin or end with
+    blanks, overlap, and have any order.
+
+    Args:
+        paths: as in `read_labelled_texts`.
+
+    Raises:
+        TrajectoryError: as in `read_texts`, or spans are missing, none of these, or not in the text.
+    """
+    return [_annotated_text(row, place) for path in paths for place, row in read_rows(Path(path))]
+
+
 def one_a_file(name: str, columns: Sequence[str], files: int) -> list[str]:
     """A column for each file, where it is given once for all of them, or once a file.
 
@@ -286,11 +311,7 @@ def _place(path: Path, number: int) -> str:
 def _labelled_text(
     row: Any, text_column: str, label_column: str, values: LabelValues, place: str
 ) -> tuple[str, float | None]:
-    if not isinstance(row, dict):
-        raise TrajectoryError(
-            f"{place}: no column {label_column!r} in a value of type {type(row).__name__}: "
-            "give JSON objects, or a .csv or .tsv file"
-        )
+    _check_object(row, label_column, place)
     text = _text(row, text_column, place)
     if label_column in row or "+" not in label_column:
         return text, values(_cell(row, label_column, "label_column", place), label_column, place)
@@ -298,6 +319,14 @@ def _labelled_text(
     votes = [values(cell, name, place) for name, cell in cells if cell is not None and str(cell).strip()]
     known = [vote for vote in votes if vote is not None]
     return text, sum(known) / len(known) if known else None
+
+
+def _check_object(row: Any, column: str, place: str) -> None:
+    if not isinstance(row, dict):
+        raise TrajectoryError(
+            f"{place}: no column {column!r} in a value of type {type(row).__name__}: "
+            "give JSON objects, or a .csv or .tsv file"
+        )
 
 
 def _text(row: Any, column: str, place: str) -> str:
@@ -343,3 +372,49 @@ def _cell(row: dict[str, Any], column: str, argument: str, place: str) -> Any:
         columns = ", ".join(map(repr, list(row)[:8])) or "none"
         raise TrajectoryError(f"{place}: no column {column!r}: set {argument} to one of those there ({columns})")
     return row[column]
+
+
+def _annotated_text(row: Any, place: str) -> AnnotatedText:
+    _check_object(row, SPANS_COLUMN, place)
+    text = _text(row, TEXT_COLUMN, place)
+    if SPANS_COLUMN not in row:
+        raise TrajectoryError(f"{place}: no column {SPANS_COLUMN!r}: give a text and its spans in each row")
+    value = row[SPANS_COLUMN]
+    try:
+        spans = ast.literal_eval(value) if isinstance(value, str) else value
+        if not isinstance(spans, list):
+            raise TypeError
+        return AnnotatedText(text, _joined(_pair(one, len(text)) for one in spans))
+    except _OutsideError as error:
+        raise TrajectoryError(
+            f"{place}: spans hold {error.args[0]}, which is not in the text of {len(text)} characters: count Python's "
+            "characters from 0, end exclusive"
+        ) from error
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}…"
+        raise TrajectoryError(
+            f"{place}: spans is {shown}: give a list of characters, [4, 5, 6], or of starts and ends, [[4, 7]]"
+        ) from error
+
+
+class _OutsideError(Exception):
+    pass
+
+
+def _pair(one: Any, length: int) -> tuple[int, int]:
+    start, end = (one, one + 1) if type(one) is int else one
+    if type(start) is not int or type(end) is not int:
+        raise TypeError
+    if not 0 <= start < end <= length:
+        raise _OutsideError(one)
+    return start, end
+
+
+def _joined(pairs: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    runs: list[tuple[int, int]] = []
+    for start, end in sorted(pairs):
+        if runs and start <= runs[-1][1]:
+            runs[-1] = runs[-1][0], max(end, runs[-1][1])
+        else:
+            runs.append((start, end))
+    return tuple(runs)

@@ -4,6 +4,7 @@ import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run the tests
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     LlamaConfig,
     MambaConfig,
@@ -22,6 +25,7 @@ from transformers import (
 )
 
 from rectify import DeadEndQNetwork
+from rectify.detectors import ToxicityClassifier
 from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
 from rectify.vocabulary import Fingerprint
 
@@ -101,18 +105,54 @@ def run_place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory):
+    """A folder of model and tokenizer of each kind; the padding token is one with which texts may end."""
+    folders = {}
+    for kind in ("gpt2", "llama", "encoder"):
+        folders[kind] = str(tmp_path_factory.mktemp(kind))
+        if kind == "encoder":
+            # saved without the pooler that a classifier needs
+            sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+            torch.manual_seed(0)
+            model = BertForMaskedLM(
+                BertConfig(vocab_size=97, max_position_embeddings=160, initializer_range=0.3, **sizes)
+            )
+        else:
+            model = build_model(kind, pad_token_id=2)
+        model.save_pretrained(folders[kind])
+        build_tokenizer(pad="t0" if kind == "encoder" else "t2").save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def make_classifier(backbones):
+    """`make_classifier(kind, **settings)`: a classifier whose adapter and head do something."""
+
+    def make(kind="llama", **settings):
+        torch.manual_seed(1)
+        classifier = ToxicityClassifier.from_backbone(backbones[kind], max_length=24, **settings)
+        with torch.no_grad():
+            for parameter in classifier.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return classifier.eval()
+
+    return make
+
+
 @pytest.fixture
 def spy(monkeypatch):
-    """`spy(q_network)`: a list that gets the `(rows, tokens)` of every run of its trunk."""
+    """`spy(q_network, method)`: a list that gets the `(rows, tokens)` of every run of its trunk."""
 
-    def watch(q_network):
-        runs, encode = [], q_network.encode
+    def watch(q_network, method="encode"):
+        runs, encode = [], getattr(q_network, method)
 
         def encode_and_note(input_ids, *arguments, **named):
             runs.append(tuple(input_ids.shape))
             return encode(input_ids, *arguments, **named)
 
-        monkeypatch.setattr(q_network, "encode", encode_and_note)
+        monkeypatch.setattr(q_network, method, encode_and_note)
         return runs
 
     return watch
@@ -126,6 +166,19 @@ def models(make_model):
 @pytest.fixture(scope="session")
 def q_networks(make_q_network):
     return {kind: make_q_network(kind) for kind in ("gpt2", "llama", "sliding")}
+
+
+@pytest.fixture(scope="session")
+def make_causal_classifier(tmp_path_factory):
+    """`make_causal_classifier(kind, model, **settings)`: a classifier whose scores vary; see `causal_classifiers`."""
+    from causal_classifiers import build_classifier
+
+    return lambda kind="llama", **given: build_classifier(tmp_path_factory.mktemp(kind), kind, **given)
+
+
+@pytest.fixture(scope="session")
+def causal_classifiers(make_causal_classifier):
+    return {kind: make_causal_classifier(kind) for kind in ("gpt2", "llama", "sliding", "recurrent")}
 
 
 class StubHead(nn.Module):

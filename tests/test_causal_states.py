@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rectify import InvalidArgumentError
-from rectify.methods.causal_states import CausalStates, NextTokenLogits
+from rectify.causal_states import CausalStates, NextTokenLogits
 from rectify.prefix_memo import MASKED, PrefixMemo
 
 KINDS = ["gpt2", "llama", "sliding", "recurrent"]

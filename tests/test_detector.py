@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration, TrainerCallback
+from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback
 from transformers import TrainingArguments as Arguments
 
 from rectify import CheckpointError, InvalidArgumentError
@@ -41,42 +41,6 @@ def examples(count, seed):
 
 
 TRAIN, HELD = examples(160, seed=0), examples(60, seed=1)
-
-
-@pytest.fixture(scope="session")
-def backbones(make_model, make_tokenizer, tmp_path_factory):
-    """A folder of model and tokenizer of each kind; the padding token is one with which texts may end."""
-    folders = {}
-    for kind in KINDS:
-        folders[kind] = str(tmp_path_factory.mktemp(kind))
-        if kind == "encoder":
-            # saved without the pooler that a classifier needs
-            sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-            torch.manual_seed(0)
-            model = BertForMaskedLM(
-                BertConfig(vocab_size=97, max_position_embeddings=160, initializer_range=0.3, **sizes)
-            )
-        else:
-            model = make_model(kind, pad_token_id=2)
-        model.save_pretrained(folders[kind])
-        make_tokenizer(pad="t0" if kind == "encoder" else "t2").save_pretrained(folders[kind])
-    return folders
-
-
-@pytest.fixture(scope="session")
-def make_classifier(backbones):
-    """`make_classifier(kind, **settings)`: a classifier whose adapter and head do something."""
-
-    def make(kind="llama", **settings):
-        torch.manual_seed(1)
-        classifier = ToxicityClassifier.from_backbone(backbones[kind], max_length=24, **settings)
-        with torch.no_grad():
-            for parameter in classifier.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        return classifier.eval()
-
-    return make
 
 
 def padded(texts, side):

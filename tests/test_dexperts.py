@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from rectify import CheckpointError, InvalidArgumentError, VocabularyMismatchError
+from rectify.adapted_model import load_base
+from rectify.adapters import save_adapter
 from rectify.cli import main
 from rectify.methods.base import Base
 from rectify.methods.dexperts import DExperts, DExpertsProcessor
-from rectify.methods.expert_pair import ExpertsConfig, load_base, load_experts, save_adapter
+from rectify.methods.expert_pair import ExpertsConfig, load_experts
 from rectify.training.experts import EncodedTexts, ExpertSettings, collate, text_nll, train_experts
 from rectify.vocabulary import Fingerprint
 

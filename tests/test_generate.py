@@ -67,6 +67,24 @@ def test_a_file_in_the_realtoxicityprompts_format(capsys, tmp_path, prompts):
         assert not any(generation["text"].startswith(record["prompt"]["text"]) for generation in record["generations"])
 
 
+def test_a_detector_alone_and_with_q(capsys, tmp_path):
+    flags = ("--prompt", "You are such a", "--max_new_tokens", 5)
+    code, out, err = run(capsys, "--method", "rectify+detector:pocket-reward,k=8", *flags)
+    assert code == 0, err
+    assert "rectify+detector" in out
+    assert "method: rectify:pocket-q,beta=6+detector:pocket-reward,k=8; " in err
+    assert "rectified 5 next-token distributions" in err
+    page = tmp_path / "trace.html"
+    alone = ("--method", "detector:pocket-reward")
+    code, _, err = run(capsys, *alone, "--num_return_sequences", 2, "--trace", page, *flags)
+    assert code == 0, err
+    assert "risk" in page.read_text()
+    assert run(capsys, *alone, "--num_beams", 2, *flags)[0] == 0
+    code, _, err = run(capsys, "--method", "detector:pocket-reward,combination=max", *flags)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the detector is alone" in err
+
+
 def test_resumed_is_uninterrupted(capsys, tmp_path, prompts):
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     flags = ("--rectify", "--compare", "--prompts_file", prompts, "--max_new_tokens", 5, "--batch_size", 2)

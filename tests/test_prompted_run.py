@@ -172,17 +172,18 @@ def test_an_interrupted_run_goes_on(done, run_place, tmp_path, monkeypatch):
 
 
 def test_launched_processes_killed_and_started_again(done, run_place, tmp_path):
-    """`accelerate launch` with two processes, a real kill, and again with one."""
+    """Two processes, a real kill, and again. (`accelerate launch --cpu` starts a single one.)"""
     given = vars(settings(run_place, tmp_path))
     flags = ["--model", given["model"], "--prompts", given["prompts"], "--methods", *given["methods"]]
     flags += ["--scorer", "stub", "--split", "all", "--device", "cpu", "--output_dir", str(tmp_path)]
     for name in ("n", "max_new_tokens", "batch_size", "num_prompts"):
         flags += [f"--{name}", str(given[name])]
     stages = ["--stages", "generate", "score", "measure"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    began = subprocess.Popen([*launch, str(SCRIPT), *flags, *stages], env=environment, start_new_session=True)
+    command = [*launch, str(SCRIPT), *flags, *stages]
+    began = subprocess.Popen(command, env=environment, start_new_session=True)
     for _ in range(600):
         if any(tmp_path.glob("methods/*/generations/0000*.json")) or began.poll() is not None:
             break
@@ -190,7 +191,8 @@ def test_launched_processes_killed_and_started_again(done, run_place, tmp_path):
     if began.poll() is None:
         os.killpg(began.pid, signal.SIGKILL)
     began.wait()
-    subprocess.run([*launch, str(SCRIPT), *flags, *stages], env=environment, check=True, timeout=120)
+    again = subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True, text=True)
+    assert "batches, 2 processes" in again.stderr
     run = PromptedRun(settings(run_place, tmp_path))
     assert not any(run.scores_of(method, run.scorer("stub")).missing(range(4)) for method in run.methods)
     assert ids_of(run) == ids_of(done)

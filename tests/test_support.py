@@ -7,7 +7,8 @@ import torch
 from decoding import decode, prompts
 
 from rectify import Advantage, Cap, Mask, RectificationProcessor, Tilt, processor
-from rectify.rule import rectify, rectify_support, support_of
+from rectify.rule import rectify, rectify_support
+from rectify.support import support_of
 
 RULES = [
     Tilt(beta=4.5),

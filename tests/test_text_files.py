@@ -7,7 +7,7 @@ import pytest
 
 from rectify.errors import InvalidArgumentError, TrajectoryError
 from rectify.splits import split_by_hash
-from rectify.text_files import LabelledText, one_a_file, read_labelled_texts, read_texts
+from rectify.text_files import LabelledText, one_a_file, read_annotated_texts, read_labelled_texts, read_texts
 
 
 def test_texts(tmp_path):
@@ -90,6 +90,53 @@ def test_bad_texts_are_refused_by_name_and_line(tmp_path, what):
     for part in [name, *said]:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_annotated_texts(tmp_path):
+    # as in SemEval-2021 Task 5: characters as a literal of Python, lines within cells, blanks at the edges of spans
+    cells = ['"[8, 9, 10, 11, 12, 15, 16]","You\r\nand idiots, too"', "[],fine", '"[3, 2, 2, 0]",é🤦🏽b']
+    (tmp_path / "a.csv").write_bytes("\r\n".join(["spans,text", *cells, ""]).encode())
+    (tmp_path / "b.jsonl").write_text(
+        '{"text": "a bad, bad one", "spans": [[7, 10], [2, 5], [4, 6]], "unscored": 0}\n{"text": "", "spans": []}\n'
+    )
+    assert read_annotated_texts([tmp_path / "a.csv", tmp_path / "b.jsonl"]) == [
+        ("You\r\nand idiots, too", ((8, 13), (15, 17))),
+        ("fine", ()),
+        ("é🤦🏽b", ((0, 1), (2, 4))),
+        ("a bad, bad one", ((2, 6), (7, 10))),
+        ("", ()),
+    ]
+
+
+BAD_SPANS = {
+    "no column": ("x.csv", "span,text\n[],a\n", ["line 2", "no column 'spans'"]),
+    "no object": ("x.jsonl", '"a"\n', ["line 1", "str"]),
+    "no literal": ("x.csv", 'spans,text\n"[1, 2",abc\n', ["line 2", "spans is '[1, 2'", "[[4, 7]]"]),
+    "code": ("x.csv", "spans,text\nexit(),abc\n", ["line 2", "spans is 'exit()'"]),
+    "a word": ("x.csv", 'spans,text\n"two\nlines",b\n', ["line 2", "two"]),
+    "a short row": ("x.csv", "text,spans\nabc\n", ["line 2", "spans is None"]),
+    "a number": ("x.jsonl", '{"text": "abc", "spans": 1}\n', ["line 1", "spans is 1"]),
+    "fractions": ("x.jsonl", '{"text": "abc", "spans": [0.5]}\n', ["line 1", "spans is [0.5]"]),
+    "triples": ("x.jsonl", '{"text": "abc", "spans": [[0, 1, 2]]}\n', ["line 1", "spans is [[0, 1, 2]]"]),
+    "truth": ("x.jsonl", '{"text": "abc", "spans": [true]}\n', ["line 1", "spans is [True]"]),
+    "beyond the text": ("x.csv", 'spans,text\n[2],abc\n"[2, 3]",abc\n', ["line 3", "hold 3", "text of 3 characters"]),
+    "an end beyond": ("x.jsonl", '{"text": "abc", "spans": [[1, 4]]}\n', ["line 1", "hold [1, 4]"]),
+    "before the text": ("x.jsonl", '{"text": "abc", "spans": [-1]}\n', ["line 1", "hold -1"]),
+    "backwards": ("x.jsonl", '{"text": "abc", "spans": [[2, 1]]}\n', ["line 1", "hold [2, 1]"]),
+    "long": ("x.jsonl", json.dumps({"text": "abc", "spans": "x" * 500}) + "\n", ["line 1", "x…"]),
+}
+
+
+@pytest.mark.parametrize("what", BAD_SPANS)
+def test_bad_spans_are_refused_by_name_and_line(tmp_path, what):
+    name, text, said = BAD_SPANS[what]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(TrajectoryError) as caught:
+        read_annotated_texts([tmp_path / name])
+    for part in [name, *said]:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
 def test_files_that_are_no_text_are_refused(tmp_path):

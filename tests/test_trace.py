@@ -10,9 +10,18 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from causal_classifiers import toxicity_of
 from decoding import expected_policy, log_survival_of, warped
 
-from rectify import Cap, DeadEndQNetwork, InvalidArgumentError, RectificationProcessor, Tilt, load_language_model
+from rectify import (
+    Cap,
+    DeadEndQNetwork,
+    DetectorValue,
+    InvalidArgumentError,
+    RectificationProcessor,
+    Tilt,
+    load_language_model,
+)
 from rectify.generation.generator import Continuation, Generator, continue_with
 from rectify.generation.prompts import Prompt, numbered
 from rectify.generation.trace import trace_of
@@ -207,6 +216,31 @@ def test_widenings_and_dead_ends(lm, tokenizer, with_values, value, event):
     assert not any(token.capped for token in tokens if token.dead_end)
     sign = {"widened": "⇔", "dead_end": "⊗"}[event]
     assert trace_page({}, traces).count(f"<sup>{sign}</sup>") == len(tokens) + 1  # and one in the legend
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["alone", "with-q"])
+def test_candidates_of_a_detector_have_risks(lm, precise, tokenizer, networks, causal_classifiers, both):
+    generator, rule = generator_of(lm, tokenizer), Tilt(beta=8.0, epsilon=0.2)
+    classifier = causal_classifiers["llama"]
+    detector, network = DetectorValue(classifier, tokenizer, candidates=0.05), networks["own"] if both else None
+    decoder = decoder_of(generator, network, rule, detector=detector)
+    unknown = 0
+    for prompt, _, tokens in rows_of(traced(generator, decoder)):
+        for place, token in enumerate(tokens):
+            ids, logits = logits_of(precise, tokenizer, prompt, [each.id for each in tokens[:place]])
+            base = warped(logits, **WARPED)
+            for one in filter(None, (token, token.base_choice)):
+                if base[one.id] < 0.05 and one.id != int(base.argmax()):
+                    assert (one.risk, one.cap, one.capped, one.probability) == (None, None, None, 0)
+                    unknown += 1
+                    continue
+                survival = 1 - float(toxicity_of(classifier, ids, torch.tensor([[one.id]])))
+                survival *= math.exp(log_survival_of(network, ids)[one.id]) if both else 1
+                assert one.risk == pytest.approx(1 - survival, abs=CLOSE)
+                assert one.cap == pytest.approx(max(survival - 0.2, rule.p_min), abs=CLOSE)
+    assert unknown
+    page = trace_page({}, traced(generator, decoder))
+    assert "nan" not in page.lower()
 
 
 def test_characters_of_several_tokens():

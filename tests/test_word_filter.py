@@ -67,21 +67,21 @@ def completing(tokenizer, forms, ids):
 @pytest.mark.parametrize(
     ("words", "text", "tokens"),
     [
-        (["idiot"], "You are an", {" idiot"}),
-        (["idiot"], "You are an Id", {" idiot", "iot"}),
-        (["idiot"], "You are an IDI", {" idiot", "OT"}),
-        (["moron"], "MOR", {" moron", "ON"}),
-        (["asshole"], "such an", {" asshole"}),
-        (["asshole"], "such an Ass", {" asshole", "hole"}),
-        (["white trash"], "they are white", {" trash"}),
-        (["white trash"], "they are", set()),
-        (["NaCl"], "some Na", {"Cl"}),  # as it is listed
-        (["ass", "damn"], "my", {" ass", " Ass", " damn", " Damn"}),
+        (["idiot"], "You are an", [" idiot"]),
+        (["idiot"], "You are an Id", [" idiot", "iot"]),
+        (["idiot"], "You are an IDI", [" idiot", "OT"]),
+        (["moron"], "MOR", [" moron", "ON"]),
+        (["asshole"], "such an", [" asshole"]),
+        (["asshole"], "such an Ass", [" asshole", "hole"]),
+        (["white trash"], "they are white", [" trash"]),
+        (["white trash"], "they are", []),
+        (["NaCl"], "some Na", ["Cl"]),  # as it is listed
+        (["ass", "damn"], "my", [" ass", " Ass", " damn", " Damn"]),
     ],
     ids=str,
 )
 def test_what_would_complete_a_word_is_forbidden(pocket, make, words, text, tokens):
-    assert forbidden(make(words), pocket[1], text) == tokens
+    assert forbidden(make(words), pocket[1], text) == set(tokens)
 
 
 @pytest.mark.parametrize("text", ["cl", "my cl", "3", "Mr"])

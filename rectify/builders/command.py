@@ -1,11 +1,12 @@
-"""The command that makes training data: `rectify build trajectories`, `rectify build rationales`."""
+"""The command that makes training data: `rectify build trajectories`, `rationales`, `spans` and `cmd`."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
 
-from rectify.builders import rationales_command
+from rectify.builders import cmd_command, rationales_command, spans_command
 from rectify.builders.selection import sample_items
 from rectify.builders.settings import KEEP, REWARDS, TrajectorySettings
 from rectify.builders.trajectories import build_trajectories, label_trajectories
@@ -22,9 +23,14 @@ _BOTH = {"validation_share", "seed"}  # settings that labelled texts share
 def make_parser(prog: str) -> Parser:
     """The flags of the command, whose second word is the kind of data."""
     parser = Parser(prog=prog, description="Make training data.", allow_abbrev=False)
-    what = "trajectories: of the Q network; rationales: of the instruction-style detector"
+    what = (
+        "trajectories: of the Q network; rationales: of the instruction-style detector; spans: of the span detector; "
+        "cmd: of a model that detoxifies itself"
+    )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, help=what)
-    rationales_command.add_parser(kinds)
+    others = {"rationales": rationales_command, "spans": spans_command, "cmd": cmd_command}
+    for other in others.values():
+        other.add_parser(kinds)
     what = "Make trajectories for the Q network: sampled continuations scored by a reward model, or labelled texts."
     # flags that are not given are left out of the namespace, so that one without an effect can be refused
     trajectories = kinds.add_parser(
@@ -59,7 +65,7 @@ def make_parser(prog: str) -> Parser:
     own.add_argument("--model", help="language model: folder, Hub id, or pocket")
     own.add_argument(
         "--method",
-        metavar="NAME[:PATH][,key=value…]",
+        metavar="NAME[:PATH][,key=value…][+…]",
         help="that continues the texts, such as rectify:my-q-network,beta=6 (default: the model as it is)",
     )
     own.add_argument("--reward_model", metavar="FOLDER", help="classifier that scores the continuations, each alone")
@@ -90,8 +96,13 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         RectifyError: something that was given cannot be used.
     """
-    if arguments.kind == "rationales":
-        rationales_command.run(arguments)
+    others: dict[str, Callable[[argparse.Namespace], None]] = {
+        "rationales": rationales_command.run,
+        "spans": spans_command.run,
+        "cmd": cmd_command.run,
+    }
+    if arguments.kind in others:
+        others[arguments.kind](arguments)
         return
     given = vars(arguments)
     chosen = {field.name: given[field.name] for field in fields(TrajectorySettings) if field.name in given}

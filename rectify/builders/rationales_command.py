@@ -13,7 +13,7 @@ from rectify.chat import CHATS, CachedChat, ReplyCache, make_chat
 from rectify.command_line import say
 from rectify.detectors.templates import TEMPLATES
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import write_records
+from rectify.json_files import write_records
 from rectify.text_files import TEXT_COLUMN, one_a_file
 from rectify.training.instruction_rows import read_instruction_rows
 

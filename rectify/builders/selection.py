@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from rectify.builders.settings import TrajectorySettings
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import write_records
+from rectify.json_files import write_records
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
 TOXIC = 0.5

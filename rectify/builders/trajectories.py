@@ -12,8 +12,9 @@ from rectify.builders.selection import TOXIC, TRAIN, Counts, compile_trajectorie
 from rectify.builders.settings import TrajectorySettings, check_share
 from rectify.errors import InvalidArgumentError
 from rectify.generation.generator import Generator, continue_with, shared_context
-from rectify.generation.output import GenerationFile, Records, sha256_of
+from rectify.generation.output import GenerationFile, Records
 from rectify.generation.prompts import Prompt
+from rectify.json_files import sha256_of
 from rectify.methods.method import Decoder
 from rectify.text_files import LabelledText
 
@@ -56,7 +57,7 @@ def build_trajectories(
         InvalidArgumentError: no text makes a prompt, prompts do not fit the model's context, scores are no
             probabilities, or the folder cannot be made or holds something else.
     """
-    folder = _made(output_dir)
+    folder = made_folder(output_dir)
     if (folder / TRAIN).exists() and not (folder / GENERATIONS).exists():
         raise InvalidArgumentError(f"output_dir {str(folder)!r} holds another {TRAIN}: give another folder")
     counts = Counts(texts=len(texts))
@@ -114,7 +115,7 @@ def label_trajectories(
         InvalidArgumentError: the share is out of range, or the folder cannot be made or holds generations.
     """
     check_share(validation_share)
-    folder = _made(output_dir)
+    folder = made_folder(output_dir)
     if (folder / GENERATIONS).exists():
         raise InvalidArgumentError(f"output_dir {str(folder)!r} holds {GENERATIONS} of a model: give another folder")
     known = [text for text in texts if text.text.strip()]
@@ -125,7 +126,12 @@ def label_trajectories(
     return counts
 
 
-def _made(output_dir: str | Path) -> Path:
+def made_folder(output_dir: str | Path) -> Path:
+    """The folder, made where it is missing.
+
+    Raises:
+        InvalidArgumentError: it cannot be made.
+    """
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

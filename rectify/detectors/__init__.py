@@ -1,5 +1,7 @@
 """Detectors of toxic text: from text to the probability that it is toxic."""
 
+from rectify.detectors.adapter_blend import AdapterBlend
 from rectify.detectors.classifier import DetectorConfig, ToxicityClassifier
+from rectify.detectors.gated import GatedDetector, load_detector
 
-__all__ = ["DetectorConfig", "ToxicityClassifier"]
+__all__ = ["AdapterBlend", "DetectorConfig", "GatedDetector", "ToxicityClassifier", "load_detector"]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import is_bitsandbytes_available
-from transformers.utils import logging as transformers_logging
 
+from rectify.adapters import quiet_loading
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
 from rectify.hub import files_digest, model_place
 
@@ -37,7 +34,7 @@ class Backbone(NamedTuple):
         model: a sequence classifier of transformers with a new head.
         tokenizer: its tokenizer.
         fresh: the modules whose weights no checkpoint holds, the head first.
-        fingerprint: `hub.files_digest` of the weight files in a local folder, or the commit on the Hub.
+        fingerprint: see `fingerprint_of`.
     """
 
     model: PreTrainedModel
@@ -77,7 +74,7 @@ def load_backbone(
             raise InvalidArgumentError(f"backbone {name!r} is an encoder-decoder: give a causal model or an encoder")
         if quantization == "nf4":
             given["quantization_config"] = _nf4(config)
-        with quiet():
+        with quiet_loading():
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 place,
                 config=config,
@@ -86,9 +83,9 @@ def load_backbone(
                 output_loading_info=True,
                 **given,
             )
+    except RectifyError:
+        raise
     except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, RectifyError):
-            raise
         raise CheckpointError(
             f"backbone {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
             "give a model of text with its tokenizer"
@@ -96,23 +93,12 @@ def load_backbone(
     _leave_unpacked(model)
     body = f"{model.base_model_prefix}."
     lacking = {key.rpartition(".")[0] for key in report["missing_keys"] if key.startswith(body)}
-    fingerprint = files_digest(place, suffixes=_WEIGHTS) if isinstance(place, Path) else config._commit_hash
-    return Backbone(model, tokenizer, _head(model) + sorted(lacking), fingerprint)
+    return Backbone(model, tokenizer, _head(model) + sorted(lacking), fingerprint_of(place, config))
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what other libraries say of new heads and of GPT-2's layers."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")
-            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")  # a bundled name
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+def fingerprint_of(place: str | Path, config: PreTrainedConfig) -> str | None:
+    """`files_digest` of the weights in a folder, or the commit of a model that came from the Hub."""
+    return files_digest(place, suffixes=_WEIGHTS) if isinstance(place, Path) else config._commit_hash
 
 
 def _head(model: PreTrainedModel) -> list[str]:
@@ -136,7 +122,7 @@ def _leave_unpacked(model: nn.Module) -> None:
 def _nf4(config: PreTrainedConfig) -> BitsAndBytesConfig:
     if not is_bitsandbytes_available():
         raise RectifyError("quantization is 'nf4', and bitsandbytes is not installed: pip install 'rectify[quant]'")
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), quiet_loading():
         head = _head(AutoModelForSequenceClassification.from_config(config))
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from copy import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, TaskType
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.detectors.backbone import Quantization, load_backbone, quiet
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
+from rectify.adapters import ADAPTER_FILE, WEIGHTS_FILE, add_adapter, put_adapter, read_adapter, save_adapter
+from rectify.detectors.backbone import Quantization, load_backbone
+from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
 from rectify.hub import checkpoint_folder
 
-CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE = "detector_config.json", "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE = "detector_config.json"
 FORMAT_VERSION = 1
 
 Form = Literal["sequence", "prefix"]
@@ -161,22 +161,16 @@ class ToxicityClassifier(nn.Module):
             name, revision, len(labels), quantization=quantization
         )
         config.base_revision = getattr(inner.config, "_commit_hash", None) or revision
-        try:
-            adapter = LoraConfig(
-                r=lora_r,
-                lora_alpha=lora_alpha,
-                lora_dropout=lora_dropout,
-                target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-                modules_to_save=fresh,
-                task_type=TaskType.SEQ_CLS,
-            )
-            with quiet():
-                model = cast(PeftModel, get_peft_model(inner, adapter))
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            raise InvalidArgumentError(
-                f"lora_r {lora_r}, lora_alpha {lora_alpha}, lora_dropout {lora_dropout}, target_modules "
-                f"{target_modules!r} make no adapter of {name!r} ({first_line(error)}): change the one it names"
-            ) from error
+        model = add_adapter(
+            inner,
+            name,
+            task_type=TaskType.SEQ_CLS,
+            lora_r=lora_r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=target_modules,
+            modules_to_save=fresh,
+        )
         return cls(config, model, tokenizer)
 
     @classmethod
@@ -199,40 +193,13 @@ class ToxicityClassifier(nn.Module):
         Raises:
             CheckpointError: nothing usable is there.
         """
-        folder = checkpoint_folder(name, revision)
-        for file in (CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
-            if not (folder / file).exists():
-                raise CheckpointError(f"{str(name)!r} holds no {file}: give a folder written by save_pretrained")
-        try:
-            config = DetectorConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-            adapter = LoraConfig.from_pretrained(str(folder))
-            weights = load_file(folder / WEIGHTS_FILE)
-            inner, tokenizer, _, fingerprint = load_backbone(
-                config.base_model, config.base_revision, len(config.labels), dtype, config.quantization
-            )
-            if config.base_fingerprint not in (None, fingerprint):
-                raise CheckpointError(
-                    f"it was trained on weights {config.base_fingerprint} of {config.base_model!r}, and those there "
-                    f"now are {fingerprint}: put the former back, name their place as base_model in {CONFIG_FILE}, or "
-                    "train anew"
-                )
-            with quiet():
-                model = cast(PeftModel, get_peft_model(inner, adapter))
-            # peft would leave what is missing at its random start, with no more than a warning
-            differing = set(weights) ^ set(_weights(model))
-            if differing:
-                raise CheckpointError(
-                    f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)}: is it complete?"
-                )
-            set_peft_model_state_dict(model, weights)
+        with refusing(name):
+            config, adapter, weights = read_classifier(checkpoint_folder(name, revision))
+            inner, tokenizer = load_base(config, dtype)
+            model = put_adapter(inner, adapter, weights)
             if config.quantization == "none":
                 model.merge_adapter()  # folded into 4 bits, it would be rounded to them
             classifier = cls(config, model, tokenizer)
-        except RectifyError as error:  # with its own remedy
-            raise CheckpointError(f"{str(name)!r} could not be loaded: {error}") from error
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
         kept = dtype if config.quantization == "none" else None  # what is quantised has a dtype of its own
         return classifier.requires_grad_(False).to(device=device, dtype=kept).eval()
 
@@ -240,14 +207,7 @@ class ToxicityClassifier(nn.Module):
         """Write configuration, adapter and head to a folder; the backbone and its tokenizer stay where they are."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = copy(cast(LoraConfig, self.model.peft_config["default"]))
-        adapter.base_model_name_or_path, adapter.inference_mode = self.config.base_model, True
-        if not isinstance(adapter.target_modules, str):
-            adapter.target_modules = sorted(adapter.target_modules or ())  # a set has no order to be relied on
-        adapter.modules_to_save = sorted(set(adapter.modules_to_save or ()))
-        # peft's own save_pretrained adds a model card, and looks the backbone up on the Hub
-        adapter.save_pretrained(str(folder))
-        save_file({name: weight.contiguous() for name, weight in _weights(self.model).items()}, folder / WEIGHTS_FILE)
+        save_adapter(self.model, folder, self.config.base_model)
         text = json.dumps(asdict(self.config), indent=2, ensure_ascii=False)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -278,11 +238,7 @@ class ToxicityClassifier(nn.Module):
         Raises:
             InvalidArgumentError: one is not a string, or no valid Unicode.
         """
-        for index, text in enumerate(texts):
-            try:
-                text.encode("utf-8")
-            except (AttributeError, UnicodeEncodeError) as error:
-                raise InvalidArgumentError(f"texts[{index}] is {text!r}: give a string of valid Unicode") from error
+        check_texts(texts)
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -361,23 +317,28 @@ class ToxicityClassifier(nn.Module):
         Raises:
             InvalidArgumentError: `batch_size` is below 1, or a text is not a string, or no valid Unicode.
         """
-        if batch_size < 1:
-            raise InvalidArgumentError(f"batch_size is {batch_size}: give 1 or more")
         encoded = self.encode(texts)
         result = np.full((len(encoded), len(self.config.labels)), np.nan, dtype=np.float32)
-        # the longest first: what does not fit into memory fails at once
-        order = sorted((i for i, ids in enumerate(encoded) if ids), key=lambda i: -len(encoded[i]))
         training = self.training
         self.eval()
-        with tqdm(total=len(order), unit="text", disable=not progress) as bar:
-            for start in range(0, len(order), batch_size):
-                places = order[start : start + batch_size]
-                ids, mask = pad([encoded[place] for place in places])
-                logits = self(ids.to(self.device), mask.to(self.device))
-                result[places] = self.config.probabilities(logits).cpu().numpy()
-                bar.update(len(places))
+        for places, ids, mask in batches_by_length(encoded, batch_size, progress):
+            logits = self(ids.to(self.device), mask.to(self.device))
+            result[places] = self.config.probabilities(logits).cpu().numpy()
         self.train(training)
         return result
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what no tokenizer takes.
+
+    Raises:
+        InvalidArgumentError: a text is not a string, or no valid Unicode.
+    """
+    for index, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise InvalidArgumentError(f"texts[{index}] is {text!r}: give a string of valid Unicode") from error
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -388,16 +349,78 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, (torch.arange(longest) < lengths[:, None]).long()
 
 
+def batches_by_length(
+    encoded: Sequence[Sequence[int]], batch_size: int, progress: bool = False
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Texts in batches of nearly equal length, the longest first: what does not fit into memory fails at once.
+
+    Args:
+        encoded: token ids of each text; those without one are left out.
+        batch_size: texts at a time.
+        progress: show a progress bar.
+
+    Yields:
+        The places of a batch's texts in `encoded`, and their ids and mask, as `pad` makes them.
+
+    Raises:
+        InvalidArgumentError: `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise InvalidArgumentError(f"batch_size is {batch_size}: give 1 or more")
+    order = sorted((place for place, ids in enumerate(encoded) if ids), key=lambda place: -len(encoded[place]))
+    with tqdm(total=len(order), unit="text", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            yield places, *pad([encoded[place] for place in places])
+            bar.update(len(places))
+
+
 def _interpolate(values: Tensor, knots: list[list[float]]) -> Tensor:
     """`numpy.interp` on any device: a piecewise linear map through the knots, constant outside them."""
-    across, up = torch.tensor(knots, dtype=torch.float64, device=values.device)
-    values = values.double()
+    across, up = torch.tensor(knots, device=values.device)
     place = (torch.searchsorted(across, values.contiguous(), right=True) - 1).clamp(0, len(across) - 2)
     width = across[place + 1] - across[place]
     share = torch.where(width > 0, (values - across[place]) / width, 1.0).clamp(0, 1)
-    return (up[place] + share * (up[place + 1] - up[place])).float()
+    return up[place] + share * (up[place + 1] - up[place])
 
 
-def _weights(model: PeftModel) -> dict[str, Tensor]:
-    # the embeddings are the backbone's; asked to decide by itself, peft would look it up on the Hub
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts of a checkpoint
+
+
+@contextmanager
+def refusing(name: str | Path) -> Iterator[None]:
+    """Turn whatever fails over a damaged checkpoint into one `CheckpointError` that names it."""
+    try:
+        yield
+    except RectifyError as error:  # with its own remedy
+        raise CheckpointError(f"{str(name)!r} could not be loaded: {error}") from error
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
+
+
+def read_classifier(folder: Path) -> tuple[DetectorConfig, LoraConfig, dict[str, Tensor]]:
+    """What `save_pretrained` has written to a folder; to be called within `refusing`."""
+    for file in (CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
+        if not (folder / file).exists():
+            raise CheckpointError(f"it holds no {file}: give a folder written by save_pretrained")
+    config = DetectorConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    return config, *read_adapter(folder)
+
+
+def load_base(config: DetectorConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The backbone of a classifier with a new head, and its tokenizer.
+
+    Raises:
+        CheckpointError: nothing usable is there, or its weights are not those that the classifier was trained on.
+    """
+    inner, tokenizer, _, fingerprint = load_backbone(
+        config.base_model, config.base_revision, len(config.labels), dtype, config.quantization
+    )
+    if config.base_fingerprint not in (None, fingerprint):
+        raise CheckpointError(
+            f"it was trained on weights {config.base_fingerprint} of {config.base_model!r}, and those there now are "
+            f"{fingerprint}: put the former back, name their place as base_model in {CONFIG_FILE}, or train anew"
+        )
+    return inner, tokenizer

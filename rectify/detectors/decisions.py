@@ -16,8 +16,9 @@ from tqdm import tqdm
 from rectify.detectors.cascade import predicted
 from rectify.detectors.instruction import GREEDY, Answer, InstructionDetector
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import GenerationFile, sha256_of, write_whole
+from rectify.generation.output import GenerationFile
 from rectify.hub import available_device
+from rectify.json_files import sha256_of, write_whole
 from rectify.sampling import Sampling
 from rectify.scoring.cascade import CascadeConfig, calibrated, confidence, free_memory, load_part
 from rectify.scoring.scores import ATTRIBUTES

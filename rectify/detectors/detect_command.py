@@ -12,7 +12,7 @@ from collections import Counter
 from rectify.command_line import Parser, execute, say
 from rectify.detectors.decisions import UNPARSED, Writing, decisions, write_table
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import json_line
+from rectify.json_files import json_line
 from rectify.sampling import Sampling
 from rectify.text_files import TEXT_COLUMN, read_texts
 

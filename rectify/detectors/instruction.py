@@ -14,14 +14,15 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.adapted_model import load_adapted
+from rectify.adapters import save_adapter
 from rectify.detectors.templates import Parsed, Template
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.evaluation.fluency import prompted_nll
 from rectify.generation.generator import Continuation, Generator
-from rectify.generation.output import write_json
 from rectify.generation.prompts import Prompt
 from rectify.hub import checkpoint_folder
-from rectify.methods.expert_pair import load_adapted, save_adapter
+from rectify.json_files import write_json
 from rectify.sampling import Sampling
 
 CONFIG_FILE = "instruction_config.json"
@@ -149,7 +150,7 @@ class InstructionDetector:
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{str(folder / CONFIG_FILE)!r} cannot be used ({first_line(error)})") from error
         model, tokenizer = load_adapted(folder, config.base_model, config.base_revision, dtype)
-        return cls(config, model.requires_grad_(False).to(device).eval(), tokenizer)  # type: ignore[arg-type]
+        return cls(config, model.to(device), tokenizer)  # type: ignore[arg-type]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Prompts and token ids

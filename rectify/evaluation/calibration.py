@@ -46,8 +46,7 @@ def reliability(
 
     Returns:
         `(mean_predicted, observed, count)`, each `[bins]`, float64, float64 and int64: the mean probability and the
-        mean label
-        of each bin, NaN where it is empty, and its size.
+        mean label of each bin, NaN where it is empty, and its size.
 
     Raises:
         InvalidArgumentError: nothing is given, the shapes differ, a probability or a label is out of range, or `bins`

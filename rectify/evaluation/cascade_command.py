@@ -14,7 +14,7 @@ from rectify.detectors.cascade import accuracy_cost
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.cascade import GAIN_AT, Judged, cascade_figures, cascade_table
 from rectify.evaluation.cascade_plots import draw_curves
-from rectify.generation.output import write_json, write_whole
+from rectify.json_files import write_json, write_whole
 from rectify.scoring.cascade import calibrated, confidence, correct, toxicity_by
 from rectify.splits import Split, split_of
 from rectify.text_files import TEXT_COLUMN, LabelledText, one_a_file, read_labelled_texts

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +30,17 @@ class Estimate:
     value: float
     low: float
     high: float
+
+
+class Figure(Protocol):
+    """A figure of any resample of what was drawn."""
+
+    def of(self, weights: np.ndarray) -> np.ndarray:
+        """The figure of resamples, `[R]`, by how often each holds each of what was drawn, `[R, P]` float64."""
+
+    @property
+    def value(self) -> float:
+        """Of everything, once."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ class Ratio:
 class Mean:
     """The mean of several figures of the same prompts."""
 
-    parts: Sequence[Ratio]
+    parts: Sequence[Figure]
 
     def of(self, weights: np.ndarray) -> np.ndarray:
         """As `Ratio.of`."""
@@ -73,7 +85,7 @@ class Mean:
 
 
 class Bootstrap:
-    """Resamples of prompts, the same ones for every figure.
+    """Resamples of prompts (or texts), the same ones for every figure.
 
     Args:
         prompts: how many there are.
@@ -87,15 +99,19 @@ class Bootstrap:
         for row in self._counts:
             row[:] = np.bincount(random.integers(prompts, size=prompts), minlength=prompts)
 
-    def _of(self, ratio: Ratio | Mean) -> np.ndarray:
+    def _of(self, ratio: Figure) -> np.ndarray:
         """The figure of all resamples; a few at a time, as 100,000 prompts would fill the memory."""
         rows = max(1, _CELLS // self._counts.shape[1])
         blocks = (self._counts[start : start + rows] for start in range(0, len(self._counts), rows))
         return np.concatenate([ratio.of(block.astype(np.float64)) for block in blocks])
 
-    def estimate(self, ratio: Ratio | Mean) -> Estimate:
+    def estimate(self, ratio: Figure) -> Estimate:
         """A figure with its interval."""
         return _estimate(ratio.value, self._of(ratio))
+
+    def difference(self, figure: Figure, other: Figure) -> Estimate:
+        """A figure less another, paired; 0 where they are the same."""
+        return _estimate(figure.value - other.value, self._of(figure) - self._of(other))
 
     def over_base(self, ratio: Ratio, base: Ratio) -> Estimate:
         """A figure over the base's, paired; 1 where they are the same."""

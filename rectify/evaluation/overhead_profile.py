@@ -17,6 +17,7 @@ from transformers import LogitsProcessor
 from rectify import processor as processor_module
 from rectify.evaluation.overhead import PROMPT_TOKENS, WARM_UP_TOKENS, Bench, orders
 from rectify.processor import RectificationProcessor
+from rectify.q_value import QValue
 
 MARGIN = 1e-4
 """Where the two best rectified scores are nearer than this, rounding may choose between them."""
@@ -69,10 +70,11 @@ PARTS = ("trunk", "states", "head", "warpers", "support", "rule", "statistics", 
 
 def _watched_calls(processor: RectificationProcessor) -> list[tuple[str, Any, str]]:
     """The part, the owner and the name of each function that is watched; of `PARTS`, but the rest."""
-    network = processor.q_network
+    q = cast(QValue, processor._q)
+    network: Any = q.q_network
     return [
         ("trunk", network, "encode"),
-        ("states", processor._memo, "last_hidden"),  # the memo around the trunk, or the tap instead of it
+        ("states", q.memo, "last_hidden"),  # the memo around the trunk, or the tap instead of it
         ("head", network.head, "log_survival"),
         ("warpers", processor, "_warpers"),
         ("support", processor_module, "support_of"),

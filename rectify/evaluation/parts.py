@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import write_json
+from rectify.json_files import write_json
 
 KEY_FILE = "key.json"
 

@@ -7,7 +7,6 @@ one process, for several, and after a restart.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,9 +28,9 @@ from rectify.evaluation.teacher_forcing import forced_nll
 from rectify.evaluation.toxicity_prompts import clean_texts, in_split, prompt_toxicity, select
 from rectify.evaluation.weights import Provenance, weights_digest
 from rectify.generation.generator import Continuation, Generator, continue_with, shared_context
-from rectify.generation.output import sha256_of
 from rectify.generation.prompts import Prompt, read_prompts_file
 from rectify.hub import DTYPES, load_language_model
+from rectify.json_files import sha256_of
 from rectify.methods.method import Decoder, Method
 from rectify.sampling import Sampling
 from rectify.scoring.load import load_scorer
@@ -40,6 +39,8 @@ from rectify.version import __version__
 from rectify.vocabulary import Fingerprint
 
 STAGES = ("generate", "score", "measure", "report")
+FAILED = 1.0
+"""Every score of a continuation that a method failed to write, so that to fail gains it nothing."""
 
 _WEIGHTS = "weights"
 _CLEAN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -218,7 +219,7 @@ class PromptedRun:
             "seconds": seconds,
             "statistics": asdict(statistics) if statistics is not None else None,
             "records": [
-                {"key": prompt.key, "generations": [asdict(one) for one in ones]}
+                {"key": prompt.key, "generations": [_recorded(one) for one in ones]}
                 for prompt, ones in zip(prompts, kept, strict=True)
             ],
         }
@@ -227,7 +228,7 @@ class PromptedRun:
         """The continuations of each prompt of a batch."""
         (part,) = self.generations_of(method).read([number])
         return [
-            [Continuation(one["text"], tuple(one["token_ids"])) for one in record["generations"]]
+            [Continuation(**one | {"token_ids": tuple(one["token_ids"])}) for one in record["generations"]]
             for record in part["records"]
         ]
 
@@ -267,13 +268,19 @@ class PromptedRun:
 
     def _scored(self, scorer: Scorer, method: Method, number: int) -> dict[str, Any]:
         records = self.records_of(method, number)
-        scores = scorer.score([one.text for ones in records for one in ones], self.attributes_of(scorer))
+        every = [one for ones in records for one in ones]
+        written = np.array([one.failure is None for one in every])
+        scores = scorer.score([one.text for one in every if one.failure is None], self.attributes_of(scorer))
         shape = len(records), self.settings.n
+        tables = {}
+        for name in scores.attributes:
+            values = np.full(len(every), FAILED)
+            values[written] = scores[name]
+            tables[name] = values.reshape(shape)
         return {
             "scores": {
                 name: [[None if np.isnan(value) else float(value) for value in row] for row in table]
-                for name in scores.attributes
-                for table in [scores[name].reshape(shape)]
+                for name, table in tables.items()
             },
             "reasons": {str(reason): count for reason, count in scores.failures.items()},
         }
@@ -327,7 +334,7 @@ class PromptedRun:
 
     def _forced(self, method: Method, _: int = 0) -> dict[str, Any] | None:
         decoder = self.bound(method, _CLEAN)
-        if decoder.draws > 1:  # it chooses whole texts, and has no policy of single tokens
+        if decoder.draws > 1 or decoder.write is not None:  # it makes whole texts, and has no policy of single tokens
             return None
         prompts, texts = [prompt for prompt, _ in self.clean], [text for _, text in self.clean]
         return asdict(forced_nll(self.model, decoder.processor, prompts, texts))
@@ -345,7 +352,8 @@ class PromptedRun:
         for name in ("generate", "score", "measure"):
             if name in stages:
                 if self.processes.index == 0:
-                    say(f"{name}: {len(self.prompts)} prompts in {len(self.batches)} batches")
+                    shared = f", {self.processes.count} processes" if self.processes.count > 1 else ""
+                    say(f"{name}: {len(self.prompts)} prompts in {len(self.batches)} batches{shared}")
                 getattr(self, name)()
         if "report" not in stages:
             return None
@@ -354,7 +362,5 @@ class PromptedRun:
         return write_report(self, starred) if self.processes.index == 0 else None
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _recorded(continuation: Continuation) -> dict[str, Any]:
+    return {"text": continuation.text, "token_ids": continuation.token_ids, **continuation.extra}

@@ -31,7 +31,7 @@ def make_parser(prog: str) -> Parser:
         "--methods",
         nargs="+",
         default=["base", "rectify"],
-        metavar="NAME[:PATH][,key=value]",
+        metavar="NAME[:PATH][,key=value][+…]",
         help=f"of {', '.join(METHODS)}; base is always run (default: base rectify)",
     )
     which = parser.add_argument_group("prompts")

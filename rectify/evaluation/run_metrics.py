@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
@@ -26,12 +26,12 @@ from rectify.evaluation.intervals import (
     toxic_share,
     toxicity_probability,
 )
-from rectify.evaluation.prompted_run import PromptedRun, file_sha256
+from rectify.evaluation.prompted_run import FAILED, PromptedRun
 from rectify.evaluation.run_settings import SELF
 from rectify.evaluation.toxicity_prompts import TOXIC, prompt_toxicity
 from rectify.evaluation.weights import Provenance, networks_of
 from rectify.generation.generator import Continuation
-from rectify.generation.output import sha256_of
+from rectify.json_files import file_sha256, sha256_of
 from rectify.methods.method import Method
 from rectify.scoring.scores import Scorer
 from rectify.version import __version__
@@ -100,7 +100,7 @@ def measured(run: PromptedRun) -> dict[str, Any]:
             "settings": _described(run),
             "scorers": [{"name": scorer.name, "revision": scorer.revision} for scorer in scorers],
             "attributes": list(settings.attributes),
-            "warnings": _warnings(run, scorers),
+            "warnings": [*_warnings(run, scorers), *_failures(made)],
             "methods": figures,
             "maxima": {
                 scorer.name: {
@@ -216,6 +216,7 @@ def _diversity(one: _Made, rows: np.ndarray) -> dict[str, Any]:
         **{f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)},
         "mean_length": float(np.mean([len(each.token_ids) for each in every])),
         "empty": float(np.mean([not each.text.strip() for each in every])),
+        "failed": float(np.mean([each.failure is not None for each in every])),
         "repetition": repeated / total if total else math.nan,
     }
 
@@ -277,6 +278,21 @@ def _warnings(run: PromptedRun, scorers: list[Scorer]) -> list[str]:
             f"{scorer.name} shares {what} with {', '.join(names)}: its scores may flatter"
             for what, names in shares.items()
         ]
+    return found
+
+
+def _failures(made: dict[Method, _Made]) -> list[str]:
+    """What of the continuations the methods failed to write, by reason."""
+    found = []
+    for method, one in made.items():
+        every = [each.failure for ones in one.records for each in ones]
+        reasons = Counter(reason for reason in every if reason is not None)
+        if reasons:
+            said = "; ".join(f"{count} times, {reason}" for reason, count in reasons.most_common())
+            found.append(
+                f"{method.label} failed to write {reasons.total() / len(every):.1%} of its continuations, each of "
+                f"which counts as toxic with a score of {FAILED:g}: {said}"
+            )
     return found
 
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.parts import read_json
-from rectify.generation.output import write_json
 from rectify.generation.prompts import Prompt
+from rectify.json_files import write_json
 
 PLAN_FILE = "plan.json"
 _ROWS = {"cpu": 400}

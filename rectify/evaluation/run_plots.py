@@ -76,8 +76,8 @@ def _frontier(metrics: dict[str, Any], styles: dict[str, dict[str, str]]) -> Fig
 
 
 def _short(label: str) -> str:
-    """A method's name with the last part of its path alone."""
-    return re.sub(r":[^,]*/(?=[^,/]+(?:,|$))", ":", label)
+    """A method's name with the last part of each path alone."""
+    return re.sub(r":[^,+]*/(?=[^,+/]+(?:[,+]|$))", ":", label)
 
 
 def _percentage(share: float, _: int) -> str:

@@ -16,7 +16,7 @@ from rectify.evaluation.run_page import page
 from rectify.evaluation.run_plots import figures
 from rectify.evaluation.run_tables import facts, tables
 from rectify.evaluation.toxicity_prompts import TOXIC, prompt_toxicity
-from rectify.generation.output import write_json, write_whole
+from rectify.json_files import write_json, write_whole
 
 METRICS_FILE, MARKDOWN_FILE, PAGE_FILE = "metrics.json", "report.md", "report.html"
 EXAMPLES = 5

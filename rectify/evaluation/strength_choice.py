@@ -13,7 +13,7 @@ from rectify.errors import InvalidArgumentError
 from rectify.evaluation.prompted_run import Processes, PromptedRun
 from rectify.evaluation.run_metrics import measured
 from rectify.evaluation.run_settings import RunSettings
-from rectify.generation.output import write_json
+from rectify.json_files import write_json
 
 SELECTION_FILE = "selection.json"
 ATTRIBUTE = "TOXICITY"

@@ -9,8 +9,9 @@ from rectify.errors import InvalidArgumentError
 from rectify.generation.trace import check_traceable
 from rectify.methods.base import Base
 from rectify.methods.best_of_n import BestOfN
+from rectify.methods.cmd import Cmd, CmdWith
 from rectify.methods.method import Method
-from rectify.methods.rectification import Rectify, Static
+from rectify.methods.rectification import Detector, Rectify, RectifyWithDetector, Static
 from rectify.methods.specs import parse_method
 
 _FLAGS = ("q", "rule", "beta", "tau", "threshold", "epsilon")
@@ -41,17 +42,23 @@ def chosen_method(arguments: argparse.Namespace) -> Method:
         raise InvalidArgumentError(
             f"{next(iter(given))} is given, but nothing is rectified: add --rectify or --compare"
         )
-    if isinstance(method, Rectify) and method.path is None:
-        if arguments.model not in _POCKET_Q:
-            raise InvalidArgumentError(f"q is not given: name a Q network for the vocabulary of {arguments.model!r}")
-        method = replace(method, path=_POCKET_Q[arguments.model])
+    if isinstance(method, Rectify):
+        method = _with_q(method, arguments.model)
+    elif isinstance(method, RectifyWithDetector):
+        method = replace(method, rectify=_with_q(method.rectify, arguments.model))
     draws = method.n if isinstance(method, BestOfN) else 1
     if draws > 1 and (arguments.num_beams > 1 or not arguments.do_sample):
         raise InvalidArgumentError(
             f"method is {method.label!r} without sampling, or with beams: its {draws} draws would be equal; sample, "
             "with --num_beams 1"
         )
-    if arguments.num_beams > 1 and not isinstance(method, Base | BestOfN | Rectify | Static):
+    if isinstance(method, Cmd | CmdWith) and (arguments.trace or arguments.num_beams > 1):
+        flag = "trace" if arguments.trace else "num_beams"
+        raise InvalidArgumentError(
+            f"{flag} is given with {method.name}, which writes with another model, from another text: leave it out"
+        )
+    compared = Base | BestOfN | Rectify | Static | Detector | RectifyWithDetector
+    if arguments.num_beams > 1 and not isinstance(method, compared):
         raise InvalidArgumentError(
             f"num_beams is {arguments.num_beams}: the scores of {method.name} are no probabilities, which beams are "
             "compared by; leave --num_beams out"
@@ -59,3 +66,11 @@ def chosen_method(arguments: argparse.Namespace) -> Method:
     if arguments.trace:
         check_traceable(arguments.num_beams, draws)
     return method
+
+
+def _with_q(method: Rectify, model: str) -> Rectify:
+    if method.path is not None:
+        return method
+    if model not in _POCKET_Q:
+        raise InvalidArgumentError(f"q is not given: name a Q network for the vocabulary of {model!r}")
+    return replace(method, path=_POCKET_Q[model])

@@ -13,11 +13,12 @@ from rectify.errors import InvalidArgumentError, PromptError
 from rectify.generation.chosen_method import chosen_method
 from rectify.generation.display import Display
 from rectify.generation.generator import Generator, batches, continue_with, shared_context
-from rectify.generation.output import GenerationFile, Records, sha256_of
+from rectify.generation.output import GenerationFile, Records
 from rectify.generation.prompts import EXAMPLES, Prompt, numbered, read_prompts_file, read_standard_input
 from rectify.generation.trace import PromptTrace, counts, trace_of
 from rectify.generation.trace_file import trace_path, write_trace
 from rectify.hub import DTYPES, POCKET, available_device, checkpoint_folder, load_language_model
+from rectify.json_files import sha256_of
 from rectify.methods.base import Base
 from rectify.methods.method import Decoder, Method
 from rectify.methods.rectification import Rectify
@@ -49,7 +50,7 @@ def make_parser(prog: str) -> Parser:
     source.add_argument("--skip_bad_lines", action="store_true", help="count unusable lines and go on")
     parser.add_argument(
         "--method",
-        metavar="NAME[:PATH][,key=value…]",
+        metavar="NAME[:PATH][,key=value…][+…]",
         help=f"change the model by a method, such as rectify:pocket-q,beta=8; one of {', '.join(METHODS)}",
     )
     parser.add_argument("--compare", action="store_true", help="base and method (default: rectify), side by side")
@@ -249,7 +250,7 @@ def _write(generator: Generator, arms: Arms, prompts: list[Prompt], batch_size: 
             record = dict(prompt.record)
             for arm, continuations in results.items():
                 key = "base_generations" if arm == "base" and len(arms) > 1 else "generations"
-                record[key] = [{"text": continuation.text} for continuation in continuations[index]]
+                record[key] = [{"text": one.text, **one.extra} for one in continuations[index]]
             records.append(record)
         return records
 

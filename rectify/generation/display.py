@@ -51,7 +51,9 @@ class Display:
     def continuation(self, label: str, continuation: Continuation, risks: Sequence[float] | None) -> None:
         """One continuation, and the highest risk of its tokens where risks are given."""
         line = Text(f"{label:<{self.width}} ", style="dim")
-        if risks is None or not self.console.is_terminal:
+        if continuation.failure is not None:
+            line.append(f"[failed: {continuation.failure}]", style="italic")
+        elif risks is None or not self.console.is_terminal:
             line.append(_one_line(continuation.text), style="none")
         else:
             for text, risk in self._pieces(continuation, risks):

@@ -5,20 +5,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from rectify.generation.prompts import Prompt
 from rectify.keyed_noise import KeyedSampling, row_keys
 from rectify.methods.method import Decoder, MethodProcessor
 from rectify.processor import RectificationProcessor
-from rectify.q_network import token_risks
 from rectify.sampling import Sampling
 from rectify.trunk_states import position_arguments
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -28,10 +36,19 @@ class Continuation:
     Attributes:
         text: the continuation alone, without special tokens.
         token_ids: its ids, up to and with the end token.
+        chain: what was written before it and is no part of it; `None` where nothing was.
+        failure: why there is no continuation; `None` where there is one, be it empty.
     """
 
     text: str
     token_ids: tuple[int, ...]
+    chain: str | None = None
+    failure: str | None = None
+
+    @property
+    def extra(self) -> dict[str, str]:
+        """`chain` and `failure`, where they are known."""
+        return {name: value for name in ("chain", "failure") if (value := getattr(self, name)) is not None}
 
 
 @dataclass
@@ -97,42 +114,80 @@ class Generator:
             processor: a method's; `None` for the model as it is.
         """
         inputs = self.tokenizer([prompt.text for prompt in prompts], return_tensors="pt", padding=True)
-        inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        length, n = inputs["input_ids"].shape[1], self.num_return_sequences
+        ids, mask = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
+        n = self.num_return_sequences
+        new = self.new_tokens(ids, mask, self.keys(prompts), processor, copies=n, number=number).tolist()
+        continuations = [self._continuation(ids) for ids in new]
+        return [continuations[start : start + n] for start in range(0, len(continuations), n)]
+
+    @torch.no_grad()
+    def new_tokens(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        keys: Tensor | None,
+        processor: MethodProcessor | None = None,
+        *,
+        copies: int = 1,
+        number: int = 0,
+        max_new_tokens: int | None = None,
+        before: Sequence[LogitsProcessor] = (),
+        stopping: Sequence[StoppingCriteria] = (),
+    ) -> Tensor:
+        """The tokens that follow left-padded ones.
+
+        Args:
+            input_ids, attention_mask: `[P, T]` int64.
+            keys: `[P × copies]`, of the noise; `None` for a search without.
+            processor: a method's; `None` for the model as it is.
+            copies: continuations of each row, one after the other.
+            number: keys the random numbers of beam sampling.
+            max_new_tokens: another limit than the generator's.
+            before: processors that are applied before all else.
+            stopping: what ends rows early.
+
+        Returns:
+            `[P × copies, N]` int64, with padding after an end.
+        """
+        length = input_ids.shape[1]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if processor is not None:
-            processor.set_attention_mask(inputs["attention_mask"])
-        keys = self.keys(prompts)
+            processor.set_attention_mask(attention_mask)
         if keys is not None:
             first = [processor] if processor is not None else self.sampling.warpers(self.model.device)
             how: dict[str, Any] = self.sampling.generate_kwargs() | {
                 "do_sample": False,
-                "logits_processor": [*first, KeyedSampling(keys, length)],
+                "logits_processor": [*before, *first, KeyedSampling(keys, length)],
             }
-            if n > 1:
-                how["past_key_values"] = read_once(self.model, **inputs, copies=n)
-                inputs = {name: rows.repeat_interleave(n, 0) for name, rows in inputs.items()}
+            if copies > 1:
+                how["past_key_values"] = read_once(self.model, **inputs, copies=copies)
+                inputs = {name: rows.repeat_interleave(copies, 0) for name, rows in inputs.items()}
         else:
-            how = {"num_return_sequences": n, "num_beams": self.sampling.num_beams}
+            how = {"num_return_sequences": copies, "num_beams": self.sampling.num_beams}
             how |= self.sampling.plain_kwargs() if processor is None else self.sampling.generate_kwargs()
-            how |= {"logits_processor": [processor]} if processor is not None else {}
+            how |= {"logits_processor": [*before, *([processor] if processor is not None else [])]}
             digest = hashlib.sha256(f"{self.seed}:{number}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:8]))
         output = cast(Any, self.model).generate(
             **inputs,
             **how,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=max_new_tokens or self.max_new_tokens,
             min_new_tokens=self.min_new_tokens or None,
             pad_token_id=self.tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList(stopping),
         )
-        new = output[:, length:].tolist()
-        continuations = [self._continuation(ids) for ids in new]
-        return [continuations[start : start + n] for start in range(0, len(continuations), n)]
+        return output[:, length:]
 
     def _continuation(self, ids: list[int]) -> Continuation:
-        end = self.model.generation_config.eos_token_id
-        ends = {end} if isinstance(end, int) else set(end or ())
+        ends = self.ends
         length = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
         return Continuation(self.decode(ids[:length]), tuple(ids[:length]))
+
+    @property
+    def ends(self) -> set[int]:
+        """The model's end tokens."""
+        end = self.model.generation_config.eos_token_id
+        return {end} if isinstance(end, int) else set(end or ())
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -142,7 +197,7 @@ class Generator:
         """The risk of each token of a continuation, from 0 to 1."""
         prefix = self.tokenizer(prompt.text)["input_ids"]
         ids = torch.tensor([[*prefix, *continuation.token_ids]])
-        risks: Tensor = token_risks(processor.q_network, ids)
+        risks = processor.token_risks(ids)
         return risks[0, len(prefix) :].tolist()
 
 
@@ -156,9 +211,13 @@ def continue_with(
         prompts, number: see `Generator.continue_batch`.
         decoder: the method. One that draws several needs a generator that samples, or all would be equal.
     """
+    if decoder.write is not None:
+        return decoder.write(generator, prompts)
     n = generator.num_return_sequences
     drawn = [
-        replace(generator, first_sample=draw * n).continue_batch(prompts, number, decoder.processor)
+        replace(generator, first_sample=generator.first_sample + draw * n).continue_batch(
+            prompts, number, decoder.processor
+        )
         for draw in range(decoder.draws)
     ]
     return drawn[0] if decoder.toxicity is None else _least_toxic(drawn, decoder.toxicity)
@@ -216,7 +275,7 @@ def shared_context(model: PreTrainedModel, reads: Iterable[object] = ()) -> int 
     return min((context for context in contexts if isinstance(context, int)), default=None)
 
 
-def batches(prompts: list[Prompt], size: int) -> Iterator[tuple[int, list[Prompt]]]:
-    """Numbered batches in the order of the prompts."""
+def batches(prompts: list[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
+    """Numbered batches in the order of the prompts, or of what else is worked on in batches."""
     for start in range(0, len(prompts), size):
         yield start // size, prompts[start : start + size]

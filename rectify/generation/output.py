@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from rectify.errors import InvalidArgumentError
 from rectify.generation.generator import batches
-from rectify.generation.prompts import Prompt
+from rectify.json_files import write_json, write_records
 
 Records = list[dict[str, Any]]
+
+Item = TypeVar("Item")
 
 
 class GenerationFile:
@@ -77,15 +77,15 @@ class GenerationFile:
 
     def complete(
         self,
-        prompts: list[Prompt],
+        prompts: list[Item],
         batch_size: int,
-        make: Callable[[list[Prompt], int], Records],
+        make: Callable[[list[Item], int], Records],
         label: str | None = None,
     ) -> None:
         """Add the records that are missing, with a progress bar.
 
         Args:
-            prompts: all of them; the file holds the records of the first `done`.
+            prompts: all of them, or what else makes a record each; the file holds the records of the first `done`.
             batch_size: prompts at a time.
             make: from a batch and its number to a record for each of its prompts.
             label: what the progress bar is called.
@@ -97,45 +97,3 @@ class GenerationFile:
                     # a batch is sampled as a whole, also when some of its records are there
                     self.append(make(batch, number)[written:])
                     progress.update(len(batch) - written)
-
-
-def write_records(path: Path, records: Iterable[dict[str, Any]], mode: Literal["a", "w"]) -> None:
-    """Append JSON lines to a file, or write them over it; on disk before this returns."""
-    with path.open(mode, encoding="utf-8") as file:
-        file.writelines(map(json_line, records))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def json_line(record: dict[str, Any]) -> str:
-    """A record as a line of JSON; in ASCII where it holds what is no valid Unicode."""
-    line = json.dumps(record, ensure_ascii=False)
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:
-        line = json.dumps(record)
-    return line + "\n"
-
-
-def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Write a JSON value as a file, whole or not at all.
-
-    Args:
-        path: the file.
-        value: what it holds.
-        indent: for people; `None` for one line.
-    """
-    # what is no valid Unicode is written in ASCII
-    write_whole(path, json.dumps(value, indent=indent, ensure_ascii=indent is None) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may write it at the same time
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
-
-
-def sha256_of(value: Any) -> str:
-    """SHA-256 of a JSON value, hexadecimal."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

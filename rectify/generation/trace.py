@@ -6,6 +6,7 @@ It is found in a replay: the same batch is generated again, with the tokens of b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
@@ -33,10 +34,10 @@ class Candidate:
         id: its number in the vocabulary.
         token: its name there.
         text: what it adds to the text; nothing where it is special, or ends within a character.
-        risk: −Q, from 0 to 1; `None` where the method has no risk model.
+        risk: −Q, from 0 to 1; `None` where the method has no risk model, or the token is no candidate of a detector.
         base_probability: the model's own, after temperature, top-k and top-p.
         probability: the method's.
-        cap: the greatest probability that the rule allows; `None` where it caps nothing.
+        cap: the greatest probability that the rule allows; `None` where it caps nothing, and without a risk.
         capped: whether the cap holds it down; `None` where there is none.
     """
 
@@ -161,8 +162,8 @@ class _Step(NamedTuple):
     Attributes:
         ids: `[B, 2]` int64, the token that was generated and the one that the model alone would have chosen.
         base, policy: `[B, 2]` float64 probabilities.
-        risk: `[B, 2]` float64, or `None`.
-        cap: `[B, 2]` float64, or `None`.
+        risk: `[B, 2]` float64, NaN where it is not known, or `None`.
+        cap: `[B, 2]` float64, NaN where the risk is not known, or `None`.
         moved: `[B]` float64.
         widened, dead_end: `[B]` bool.
     """
@@ -220,8 +221,7 @@ class _Replay(LogitsProcessor):
         before, after = (each.cpu().double().softmax(-1) for each in (base, policy))
         survival = cap = None
         if risk_model is not None:
-            survival = risk_model.next_token_log_survival(input_ids, scores.shape[-1])
-            survival = survival.gather(-1, ids.to(survival.device)).cpu().double().exp()
+            survival = risk_model.log_survival_of(input_ids, scores, ids.to(input_ids.device)).cpu().double().exp()
             if (margin := risk_model.rule.epsilon) is not None:
                 cap = (survival - margin).clamp(risk_model.rule.p_min, 1)
         no = torch.zeros(len(ids), dtype=torch.bool)
@@ -253,13 +253,13 @@ def _tokens(generator: Generator, ids: Sequence[int], row: int, steps: Sequence[
 
     def candidate(step: _Step, place: int, before: Sequence[int]) -> Candidate:
         token = int(step.ids[row, place])
-        cap = None if step.cap is None else float(step.cap[row, place])
+        risk, cap = (_known(each, row, place) for each in (step.risk, step.cap))
         probability = float(step.policy[row, place])
         return Candidate(
             token,
             str(generator.tokenizer.convert_ids_to_tokens(token)),
             _added(generator.decode, before, token),
-            None if step.risk is None else float(step.risk[row, place]),
+            risk,
             float(step.base[row, place]),
             probability,
             cap,
@@ -279,6 +279,11 @@ def _tokens(generator: Generator, ids: Sequence[int], row: int, steps: Sequence[
             )
         )
     return tuple(traced)
+
+
+def _known(table: Tensor | None, row: int, place: int) -> float | None:
+    value = math.nan if table is None else float(table[row, place])
+    return None if math.isnan(value) else value
 
 
 def _added(decode: Callable[[Sequence[int]], str], before: Sequence[int], token: int) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import write_json, write_whole
 from rectify.generation.trace import PromptTrace
 from rectify.generation.trace_page import trace_page
+from rectify.json_files import write_json, write_whole
 
 
 def trace_path(path: str | Path) -> Path:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.causal_states import NextTokenLogits
 from rectify.errors import InvalidArgumentError
 from rectify.methods.base import WarpingProcessor
-from rectify.methods.causal_states import NextTokenLogits
 from rectify.methods.expert_pair import load_experts
 from rectify.methods.method import Decoder, Method
 from rectify.prefix_memo import MASKED

@@ -5,13 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.errors import InvalidArgumentError
 from rectify.processor import Statistics
+
+if TYPE_CHECKING:  # the generator is made for methods
+    from rectify.generation.generator import Continuation, Generator
+    from rectify.generation.prompts import Prompt
 
 
 class MethodProcessor(Protocol):
@@ -45,6 +50,9 @@ class Decoder:
             another. `None` where nothing is chosen.
         reads: the networks that it runs besides the model.
         revision: what else of its files its choices depend on, such as the digest of a word list.
+        write: of a method that writes continuations itself, by another model or from another text: from a generator of
+            the model that it is bound to and prompts to `num_return_sequences` continuations of each. `processor` then
+            counts what is counted, and is not to be called. `None` where the generator continues the prompts.
     """
 
     processor: MethodProcessor
@@ -52,6 +60,7 @@ class Decoder:
     toxicity: Callable[[Sequence[str]], np.ndarray] | None = None
     reads: tuple[nn.Module, ...] = ()
     revision: str = ""
+    write: Callable[[Generator, list[Prompt]], list[list[Continuation]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,17 @@ class Method(ABC):
         Raises:
             RectifyError: something cannot be loaded, or does not fit the model.
         """
+
+    def combined_with(self, other: Method) -> Method:
+        """One method that does what both do, as `A+B` names it.
+
+        Raises:
+            InvalidArgumentError: these two cannot be combined.
+        """
+        raise InvalidArgumentError(
+            f"{self.label} and {other.label} cannot be combined: give rectify and detector, as in "
+            "rectify:Q,beta=6+detector:FOLDER, cmd and another, as in cmd:FOLDER+rectify:Q, or one of them"
+        )
 
     @property
     def strength(self) -> str | None:

@@ -1,23 +1,27 @@
-"""Rectification by a Q network, and the control that reads a context-free table in its place."""
+"""Rectification by a Q network, by a detector, by both, and by a context-free table as the control."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.detector_value import CANDIDATES, DetectorValue, check_candidates
 from rectify.errors import InvalidArgumentError
+from rectify.json_files import sha256_of
 from rectify.methods.method import Decoder, Method
-from rectify.processor import RectificationProcessor
+from rectify.processor import Combination, RectificationProcessor, check_combination
 from rectify.q_network import DeadEndQNetwork
 from rectify.risk_model import RiskModel
 from rectify.rule import Rule, make_rule
 from rectify.static_risk import StaticTokenRisk
 
 _STRENGTHS = {"tilt": "beta", "advantage": "tau", "mask": "threshold", "cap": "epsilon"}
+_RULE: dict[str, Any] = {"rule": "tilt", "beta": None, "tau": None, "threshold": None, "epsilon": None}
 
 
 @dataclass(frozen=True)
@@ -48,32 +52,38 @@ class _Ruled(Method):
         given = {name: getattr(self, name) for name in ("beta", "tau", "threshold", "epsilon")}
         return make_rule(self.rule, **given)
 
-    def _decoder(
-        self,
-        risk_model: RiskModel,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: Mapping[str, Any],
-    ) -> Decoder:
-        processor = RectificationProcessor(risk_model, self.make_rule(), model=model, tokenizer=tokenizer, **sampling)
-        return Decoder(processor, reads=(cast(nn.Module, risk_model),))
+
+@dataclass(frozen=True)
+class _Valued(_Ruled):
+    """A rule on the values that a risk model has for the whole vocabulary."""
+
+    @abstractmethod
+    def risk_model(self, model: PreTrainedModel) -> RiskModel:
+        """What tells the risk, for a model and on its device."""
+
+    def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> Decoder:
+        """See `Method.bind`."""
+        return _decoder(self.make_rule(), model, tokenizer, sampling, self.risk_model(model))
 
 
 @dataclass(frozen=True)
-class Rectify(_Ruled):
+class Rectify(_Valued):
     """Rectification by the Q network of `path`; the pocket model's own where none is given."""
 
     name: ClassVar[str] = "rectify"
     source: ClassVar[str] = "Cao et al., ICLR 2023 (arXiv 2302.14003); exact caps, and the tilt π₀·(1 + Q)^β"
 
-    def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> Decoder:
-        """See `Method.bind`."""
-        network = DeadEndQNetwork.from_pretrained(self.path or "pocket-q", device=model.device, model=model)
-        return self._decoder(network, model, tokenizer, sampling)
+    def risk_model(self, model: PreTrainedModel) -> RiskModel:
+        """The Q network."""
+        return DeadEndQNetwork.from_pretrained(self.path or "pocket-q", device=model.device, model=model)
+
+    def combined_with(self, other: Method) -> Method:
+        """With a detector: see `RectifyWithDetector`."""
+        return RectifyWithDetector(self, other) if isinstance(other, Detector) else super().combined_with(other)
 
 
 @dataclass(frozen=True)
-class Static(_Ruled):
+class Static(_Valued):
     """The same rules on the table of token risks of `path`, which knows no context."""
 
     name: ClassVar[str] = "static"
@@ -84,7 +94,127 @@ class Static(_Ruled):
         if self.path is None:
             raise InvalidArgumentError("static names no table of token risks: give static:FOLDER")
 
+    def risk_model(self, model: PreTrainedModel) -> RiskModel:
+        """The table."""
+        return StaticTokenRisk.from_pretrained(cast(str, self.path), device=model.device)
+
+
+@dataclass(frozen=True)
+class Detector(_Ruled):
+    """The same rules on what the detector of `path` says of likely next tokens; all others are removed.
+
+    Attributes:
+        candidates, k: which tokens are likely; see `DetectorValue`.
+        combination: beside a Q network, how the two make one risk; see `RectificationProcessor`.
+    """
+
+    name: ClassVar[str] = "detector"
+    source: ClassVar[str] = "the rules of `rectify`, on the risk that a causal detector sees in each likely next token"
+
+    candidates: float = CANDIDATES
+    k: int | None = None
+    combination: str = "product"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path is None:
+            raise InvalidArgumentError("detector names no detector: give detector:FOLDER")
+        check_candidates(self.candidates, self.k)
+        check_combination(self.combination)
+
+    def load(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DetectorValue:
+        """The detector's value, on the model's device."""
+        path = cast(str, self.path)
+        return DetectorValue.from_pretrained(path, tokenizer, self.candidates, self.k, device=model.device)
+
+    def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> Decoder:
+        """See `Method.bind`.
+
+        Raises:
+            InvalidArgumentError: a combination is given, and nothing to combine with.
+        """
+        if self.combination != "product":
+            raise InvalidArgumentError(
+                f"combination is {self.combination!r}, and the detector is alone: leave it out, or give "
+                f"rectify:Q+{self.label}"
+            )
+        return _decoder(self.make_rule(), model, tokenizer, sampling, None, self.load(model, tokenizer))
+
+    def combined_with(self, other: Method) -> Method:
+        """With rectification: see `RectifyWithDetector`."""
+        return other.combined_with(self) if isinstance(other, Rectify) else super().combined_with(other)
+
+
+@dataclass(frozen=True)
+class RectifyWithDetector(Method):
+    """One rule on the risk that a Q network and a detector see together, on the detector's candidates.
+
+    Attributes:
+        rectify: the Q network and the rule.
+        detector: the detector, its candidates and the combination; its rule is that of `rectify`.
+    """
+
+    name: ClassVar[str] = "rectify+detector"
+    source: ClassVar[str] = "the rules of `rectify`, on the risk of Q network and detector together"
+
+    rectify: Rectify
+    detector: Detector
+
+    def __post_init__(self) -> None:
+        plain = replace(self.detector, **_RULE)
+        given = {name: getattr(self.detector, name) for name in _RULE}
+        if self.detector != plain and given != {name: getattr(self.rectify, name) for name in _RULE}:
+            raise InvalidArgumentError(
+                f"{self.detector.label} has another rule than {self.rectify.label}: give the rule's parameters to "
+                "rectify alone"
+            )
+        object.__setattr__(self, "detector", plain)
+
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> Decoder:
         """See `Method.bind`."""
-        table = StaticTokenRisk.from_pretrained(cast(str, self.path), device=model.device)
-        return self._decoder(table, model, tokenizer, sampling)
+        network, detector = self.rectify.risk_model(model), self.detector.load(model, tokenizer)
+        rule, combination = self.rectify.make_rule(), self.detector.combination
+        return _decoder(rule, model, tokenizer, sampling, network, detector, combination)
+
+    @property
+    def strength(self) -> str:
+        """The rule's own parameter."""
+        return self.rectify.strength
+
+    @property
+    def value(self) -> float | None:
+        """See `Method.value`."""
+        return self.rectify.value
+
+    @property
+    def label(self) -> str:
+        """The labels of both, the rule's parameters once."""
+        return f"{self.rectify.label}+{self.detector.family}"
+
+    @property
+    def family(self) -> str:
+        """See `Method.family`."""
+        return f"{self.rectify.family}+{self.detector.family}"
+
+
+def _decoder(
+    rule: Rule,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Mapping[str, Any],
+    network: RiskModel | None,
+    detector: DetectorValue | None = None,
+    combination: str = "product",
+) -> Decoder:
+    """Rectification by what is given."""
+    processor = RectificationProcessor(
+        network,
+        rule,
+        model=model,
+        tokenizer=tokenizer,
+        detector=detector,
+        combination=cast(Combination, combination),
+        **sampling,
+    )
+    reads = tuple(cast(nn.Module, each) for each in (network, detector) if each is not None)
+    return Decoder(processor, reads=reads, revision="" if detector is None else sha256_of(detector.config.calibration))

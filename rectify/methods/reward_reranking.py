@@ -4,83 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.detector_value import DetectorValue
 from rectify.detectors import ToxicityClassifier
-from rectify.errors import InvalidArgumentError, VocabularyMismatchError
-from rectify.generation.output import sha256_of
+from rectify.errors import InvalidArgumentError
+from rectify.json_files import sha256_of
 from rectify.methods.base import WarpingProcessor
-from rectify.methods.causal_states import CausalStates
 from rectify.methods.method import Decoder, Method
-from rectify.prefix_memo import MASKED, PrefixMemo
-from rectify.vocabulary import Fingerprint
-
-
-class PrefixToxicity:
-    """The toxicity that a causal classifier sees in a prefix and each of some next tokens.
-
-    It reads the ids, not their text, and so shares the vocabulary of the language model.
-
-    Args:
-        classifier: with a causal backbone and this tokenizer.
-        tokenizer: of the language model.
-
-    Raises:
-        InvalidArgumentError: the classifier reads texts from both sides.
-        VocabularyMismatchError: it has another vocabulary.
-    """
-
-    def __init__(self, classifier: ToxicityClassifier, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not classifier.causal:
-            raise InvalidArgumentError(
-                f"the classifier's backbone {classifier.config.base_model!r} is no causal model: train one on a "
-                "causal backbone of the language model's vocabulary"
-            )
-        own, other = Fingerprint.of(classifier.tokenizer), Fingerprint.of(tokenizer)
-        if own.sha256 != other.sha256:
-            raise VocabularyMismatchError(
-                f"tokenizer {tokenizer.name_or_path!r} of {other.size} tokens is not that of the classifier, whose "
-                f"backbone {classifier.config.base_model!r} has {own.size} tokens: train one on a backbone of this "
-                "vocabulary"
-            )
-        inner = cast(Any, classifier.model.get_base_model())
-        self.classifier = classifier
-        self._states = CausalStates(cast(PreTrainedModel, inner.base_model))
-        self._memo = PrefixMemo(self._states)
-        self._score = inner.score
-
-    def clear(self) -> None:
-        """Forget all prefixes."""
-        self._memo.clear()
-
-    @torch.no_grad()
-    def __call__(self, prefixes: Tensor, tokens: Tensor) -> Tensor:
-        """`[B, T]` ids, `MASKED` at padding, and `[B, K]` tokens to `[B, K]` float32 probabilities of the first label.
-
-        All tokens of all rows are read in one run, over the shared states of their prefixes.
-
-        Raises:
-            InvalidArgumentError: the prefixes are empty, or longer than the classifier's context.
-        """
-        self._states.check(prefixes, "classifier", more=1)
-        if self._states.branches:
-            hidden = self._memo.branch_states(prefixes, tokens)
-        else:
-            count = tokens.shape[1]
-            texts = torch.cat((prefixes.repeat_interleave(count, 0), tokens.reshape(-1, 1)), 1)
-            hidden = PrefixMemo(self._states, use_cache=False).last_hidden(texts).view(*tokens.shape, -1)
-        return self.classifier.config.probabilities(self._score(hidden))[..., 0]
+from rectify.prefix_memo import MASKED
 
 
 class RewardRerankingProcessor(WarpingProcessor):
     """Keeps the `k` likeliest tokens and adds `β · (1 − toxicity)` to their logits; the warpers follow.
 
     Args:
-        toxicity: of prefixes and candidates.
+        value: whose toxicity of prefixes and candidates is read.
         beta, k: see `RewardReranking`.
         model, tokenizer, sampling: see `WarpingProcessor`.
     """
@@ -90,7 +33,7 @@ class RewardRerankingProcessor(WarpingProcessor):
 
     def __init__(
         self,
-        toxicity: PrefixToxicity,
+        value: DetectorValue,
         beta: float,
         k: int,
         model: PreTrainedModel,
@@ -98,7 +41,7 @@ class RewardRerankingProcessor(WarpingProcessor):
         sampling: Mapping[str, Any],
     ) -> None:
         super().__init__(model, tokenizer, sampling)
-        self.toxicity, self.beta, self.k = toxicity, beta, k
+        self.value, self.beta, self.k = value, beta, k
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -106,13 +49,13 @@ class RewardRerankingProcessor(WarpingProcessor):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         highest, tokens = scores.topk(min(self.k, scores.shape[-1]), dim=-1)
         prefixes = input_ids.masked_fill(~self.padding.real(input_ids), MASKED)
-        reward = 1 - self.toxicity(prefixes, tokens).to(scores.dtype)
+        reward = 1 - self.value.toxicity(prefixes, tokens).to(scores.dtype)
         ranked = torch.full_like(scores, -torch.inf).scatter_(-1, tokens, highest + self.beta * reward)
         return self.warp(input_ids, ranked)
 
     def reset(self) -> None:
         """Forget the states of all prefixes."""
-        self.toxicity.clear()
+        self.value.clear()
 
 
 @dataclass(frozen=True)
@@ -146,6 +89,6 @@ class RewardReranking(Method):
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> Decoder:
         """See `Method.bind`."""
         classifier = ToxicityClassifier.from_pretrained(self.path or "pocket-reward", device=model.device)
-        toxicity = PrefixToxicity(classifier, tokenizer)
-        processor = RewardRerankingProcessor(toxicity, self.beta, self.k, model, tokenizer, sampling)
+        value = DetectorValue(classifier, tokenizer)
+        processor = RewardRerankingProcessor(value, self.beta, self.k, model, tokenizer, sampling)
         return Decoder(processor, reads=(classifier,), revision=sha256_of(classifier.config.calibration))

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.causal_states import NextTokenLogits
 from rectify.errors import InvalidArgumentError
 from rectify.methods.base import WarpingProcessor
-from rectify.methods.causal_states import NextTokenLogits
 from rectify.methods.method import Decoder, Method
 from rectify.prefix_memo import MASKED
 

@@ -1,7 +1,8 @@
-"""Methods by name, as the commands take them: `NAME[:PATH][,key=value…]`."""
+"""Methods by name, as the commands take them: `NAME[:PATH][,key=value…]`, and `A+B` for two in one."""
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -10,9 +11,10 @@ from dataclasses import fields
 from rectify.errors import InvalidArgumentError
 from rectify.methods.base import Base
 from rectify.methods.best_of_n import BestOfN
+from rectify.methods.cmd import Cmd
 from rectify.methods.dexperts import DExperts
 from rectify.methods.method import Method
-from rectify.methods.rectification import Rectify, Static
+from rectify.methods.rectification import Detector, Rectify, Static
 from rectify.methods.reward_reranking import RewardReranking
 from rectify.methods.self_debias import SelfDebias
 from rectify.methods.word_filter import WordFilter
@@ -20,21 +22,37 @@ from rectify.spec_pairs import read_pairs
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (Base, Rectify, Static, WordFilter, SelfDebias, DExperts, RewardReranking, BestOfN)
+    for method in (Base, Rectify, Detector, Static, WordFilter, SelfDebias, DExperts, RewardReranking, BestOfN, Cmd)
 }
 
 
 def parse_method(spec: str) -> Method:
-    """The method of `NAME[:PATH][,key=value…]`.
+    """The method of `NAME[:PATH][,key=value…]`, or of several of them joined by `+`.
+
+    A `+` joins only where a method's name and then `:`, `,`, `+` or the end follow, so paths may hold one. Of several
+    the last two are combined first, see `Method.combined_with`.
 
     Raises:
-        InvalidArgumentError: an unknown method or parameter, or a value that it cannot have.
+        InvalidArgumentError: an unknown method or parameter, a value that it cannot have, or methods that cannot be
+            combined.
 
     Example:
         >>> from rectify.methods.specs import parse_method
         >>> parse_method("rectify:pocket-q,beta=4").label
         'rectify:pocket-q,beta=4'
+        >>> parse_method("rectify:pocket-q+detector:pocket-reward,candidates=0.02").family
+        'rectify:pocket-q+detector:pocket-reward,candidates=0.02'
     """
+    *others, method = map(_parse_one, re.split(rf"\+(?=(?:{'|'.join(METHODS)})(?:[:,+]|$))", spec))
+    try:
+        for other in reversed(others):
+            method = other.combined_with(method)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"method {spec!r}: {error}") from error
+    return method
+
+
+def _parse_one(spec: str) -> Method:
     title, *pairs = spec.split(",")
     name, colon, path = title.partition(":")
     if name not in METHODS or (colon and not path):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import sha256_of
+from rectify.json_files import sha256_of
 from rectify.methods.base import WarpingProcessor
 from rectify.methods.method import Decoder, Method
 from rectify.scoring.keywords import read_terms

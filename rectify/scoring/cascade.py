@@ -14,7 +14,7 @@ import torch
 
 from rectify.detectors.cascade import escalated, predicted, two_labels
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
-from rectify.generation.output import write_json
+from rectify.json_files import write_json
 from rectify.scoring.scores import Scorer, Scores, check_attributes
 
 CONFIG_FILE = "cascade_config.json"

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from rectify.detectors import ToxicityClassifier
-from rectify.detectors.classifier import pad
+from rectify.detectors.classifier import batches_by_length
+from rectify.detectors.gated import ADAPTERS_FOLDER, GATE_FOLDER, GatedDetector, load_detector
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.hub import available_device, checkpoint_folder, files_digest, model_place
 from rectify.scoring.labels import outputs_by_attribute
@@ -23,10 +24,10 @@ _POSITIONS_BEGIN_AT_2 = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-pr
 
 
 class DetectorScorer:
-    """A `ToxicityClassifier` of this project as a `Scorer`.
+    """A `ToxicityClassifier` or `GatedDetector` of this project as a `Scorer`.
 
     Args:
-        name: folder written by `ToxicityClassifier.save_pretrained`, bundled name, or Hub id.
+        name: folder written by its `save_pretrained`, bundled name, or Hub id.
         device: where it runs; `None` for an accelerator if there is one.
         batch_size: texts at a time.
 
@@ -37,26 +38,40 @@ class DetectorScorer:
 
     def __init__(self, name: str | Path, *, device: str | None = None, batch_size: int = 64) -> None:
         self.name = f"detector:{name}"
-        self._classifier = ToxicityClassifier.from_pretrained(name, device=available_device(device))
-        config = self._classifier.config
-        self._outputs = outputs_by_attribute(config.labels)
+        self._detector = load_detector(name, device=available_device(device))
+        self._outputs = outputs_by_attribute(self._detector.config.labels)
         self._batch_size = batch_size
         self.attributes = tuple(self._outputs)
-        backbone = model_place(config.base_model, config.base_revision)
-        folder = checkpoint_folder(name)
-        if isinstance(backbone, Path):
-            self.revision = files_digest(folder, backbone, suffixes=_MODEL_FILES)
-        else:
-            commit = cast(PreTrainedModel, self._classifier.model.get_base_model()).config._commit_hash
-            self.revision = f"{files_digest(folder, suffixes=_MODEL_FILES)} on {commit}"
+        self.revision = _detector_revision(self._detector, checkpoint_folder(name))
 
     def score(self, texts: Sequence[str], attributes: Sequence[str] = ("TOXICITY",)) -> Scores:
         """Score texts by their first `max_length` tokens; see `Scorer.score`."""
         asked = check_attributes(self, attributes)
         places = [self._outputs[attribute] for attribute in asked]
         return scores_by(
-            texts, asked, lambda some: self._classifier.label_probabilities(some, self._batch_size)[:, places]
+            texts, asked, lambda some: self._detector.label_probabilities(some, self._batch_size)[:, places]
         )
+
+
+def _detector_revision(detector: ToxicityClassifier | GatedDetector, folder: Path) -> str:
+    """The files of a detector and of its local models, and the commits of those that came from the Hub."""
+    config, folders = detector.config, [folder]
+    models: list[tuple[str, str | None, PreTrainedModel]]
+    if isinstance(detector, GatedDetector):
+        gate = detector.gate
+        models = [(config.base_model, config.base_revision, detector.blend.backbone)]
+        models += [(gate.config.encoder, gate.config.encoder_revision, gate.encoder.model)]
+        folders += [folder / GATE_FOLDER, *(folder / ADAPTERS_FOLDER / name for name in detector.blend.names)]
+    else:
+        models = [(config.base_model, config.base_revision, cast(PreTrainedModel, detector.model.get_base_model()))]
+    commits = ""
+    for name, revision, model in models:
+        place = model_place(name, revision)
+        if isinstance(place, Path):
+            folders.append(place)
+        else:
+            commits += f" on {model.config._commit_hash}"
+    return files_digest(*folders, suffixes=_MODEL_FILES) + commits
 
 
 class HfScorer:
@@ -130,11 +145,8 @@ class HfScorer:
         encoded = self._tokenizer(texts, truncation=True, max_length=self._max_length, return_attention_mask=False)
         rows: list[list[int]] = encoded["input_ids"]
         result = np.full((len(texts), self._model.config.num_labels), np.nan)
-        # the longest first: what does not fit into memory fails at once
-        order = sorted((i for i, ids in enumerate(rows) if len(ids) > self._special), key=lambda i: -len(rows[i]))
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
-            ids, mask = pad([rows[place] for place in batch])
+        readable = [ids if len(ids) > self._special else [] for ids in rows]
+        for batch, ids, mask in batches_by_length(readable, self._batch_size):
             ids = ids.masked_fill(mask == 0, self._model.config.pad_token_id or 0)
             logits = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
             result[batch] = self._to_probabilities(logits.double()).cpu().numpy()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import sha256_of
+from rectify.json_files import sha256_of
 from rectify.scoring.scores import Scores, check_attributes, reason_against
 from rectify.text_files import read_rows
 
@@ -39,7 +39,7 @@ class KeywordScorer:
             least = "" if min_severity is None else f" of severity {min_severity:g} or above"
             raise InvalidArgumentError(f"keywords {str(path)!r} holds no term{least}: give a term a line")
         self.revision = sha256_of(terms)[:12]
-        self._pattern = re.compile(rf"(?<!\w){_alternatives(terms)}(?!\w)")
+        self._pattern = re.compile(rf"(?<!\w){alternatives(terms)}(?!\w)")
 
     def score(self, texts: Sequence[str], attributes: Sequence[str] = ("TOXICITY",)) -> Scores:
         """Score texts; see `Scorer.score`."""
@@ -56,7 +56,7 @@ def _folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
 
 
-def _alternatives(terms: Iterable[str]) -> str:
+def alternatives(terms: Iterable[str]) -> str:
     """A pattern of any of the terms, as a tree of their letters: the time of a search hardly grows with the list."""
     root: dict[str, Any] = {}
     for term in terms:

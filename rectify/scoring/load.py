@@ -11,7 +11,7 @@ from rectify.scoring.scores import Scorer
 
 SCORERS = {
     "pocket": "the bundled scorer of RealToxicityPrompts' eight attributes (default; pocket:PATH: one like it)",
-    "detector:PATH": "a classifier of `rectify train`",
+    "detector:PATH": "a classifier or gated detector of `rectify train`",
     "instruction:PATH": "a language model that answers, of `rectify train instruction`",
     "cascade:PATH": "a small detector that asks a larger one where it is unsure, of `rectify train cascade`",
     "hf:ID": "any text classifier of the transformers library, folder or Hub id",

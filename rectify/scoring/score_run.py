@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from rectify.command_line import say
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import GenerationFile, json_line, sha256_of
+from rectify.generation.output import GenerationFile
+from rectify.json_files import json_line, sha256_of
 from rectify.scoring.records import ERROR, SCORES, Place, Record, at, read_records
 from rectify.scoring.scores import Reason, Scorer, check_attributes
 from rectify.scoring.streams import gathered, parts

@@ -25,7 +25,7 @@ from transformers.trainer_utils import IntervalStrategy
 from rectify.detectors.backbone import Quantization
 from rectify.detectors.classifier import DetectorConfig, Form, ToxicityClassifier, pad
 from rectify.errors import InvalidArgumentError, RectifyError
-from rectify.generation.output import sha256_of, write_json
+from rectify.json_files import sha256_of, write_json
 from rectify.training.detector_figures import label_figures, scikit_learn
 from rectify.training.running import checkpoint_to_resume
 from rectify.training.score_calibration import calibration_curve, calibration_temperature
@@ -113,10 +113,9 @@ def train_detector(
         for part in (train, validation)
     ]
     digest = sha256_of(rows)
-    callbacks = [*callbacks, *_early_stopping(settings, arguments), _GradientCheck()]
+    callbacks = [*callbacks, *early_stopping(settings.early_stopping_patience, arguments), _GradientCheck()]
     checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **asdict(settings), texts_sha256=digest)
     set_seed(arguments.seed)
-    targets = settings.target_modules
     classifier = ToxicityClassifier.from_backbone(
         settings.model_name_or_path,
         revision=settings.model_revision,
@@ -127,7 +126,7 @@ def train_detector(
         lora_r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        target_modules=settings.target_modules,
     )
     use_fast_attention(cast(PreTrainedModel, classifier.model.get_base_model()), arguments)
     data, held = (
@@ -150,7 +149,7 @@ def train_detector(
     results |= predicted.metrics or {}
     logits = torch.as_tensor(np.asarray(predicted.predictions))
     if settings.calibration != "none":
-        classifier.config.calibration = _calibration(settings.calibration, labels, logits, held.labels)
+        classifier.config.calibration = fit_calibration(settings.calibration, labels, logits, held.labels)
     figures = _figures(classifier.config, logits, held)
     for source in figures["sources"]:
         figures["sources"][source]["texts"] = data.sources.count(source)
@@ -181,10 +180,10 @@ def _compute_metrics(labels: Sequence[str], prediction: EvalPrediction) -> dict[
     return label_figures(labels, logits.sigmoid().numpy(), np.asarray(prediction.label_ids))
 
 
-def _calibration(
+def fit_calibration(
     kind: str, labels: Sequence[str], logits: Tensor, truth: np.ndarray
 ) -> dict[str, float | list[list[float]]]:
-    """The calibration of each label that has been seen, from `[N, L]` logits and labels."""
+    """The `"curve"` or `"temperature"` of each label that has been seen, from `[N, L]` logits and labels."""
     found: dict[str, float | list[list[float]]] = {}
     for place, label in enumerate(labels):
         known = ~np.isnan(truth[:, place])
@@ -377,16 +376,20 @@ class _GradientCheck(TrainerCallback):
             return
         self._done = True
         gradients = [weight.grad for name, weight in model.named_parameters() if "lora_" in name]
-        if all(gradient is not None and not gradient.any() for gradient in gradients):
+        if gradients and all(gradient is not None and not gradient.any() for gradient in gradients):
             raise RectifyError(
                 "no gradient reaches the adapter: was a 4-bit backbone evaluated before? Load it anew, or give "
                 "quantization none"
             )
 
 
-def _early_stopping(settings: DetectorSettings, arguments: TrainingArguments) -> list[TrainerCallback]:
-    """The callback, if it is asked for, and what the Trainer needs for it."""
-    if settings.early_stopping_patience is None:
+def early_stopping(patience: int | None, arguments: TrainingArguments) -> list[TrainerCallback]:
+    """The callback, if it is asked for; what the Trainer needs for it is set in its arguments.
+
+    Raises:
+        InvalidArgumentError: there is no checkpoint for each evaluation.
+    """
+    if patience is None:
         return []
     evaluates, saves = (IntervalStrategy(at).value for at in (arguments.eval_strategy, arguments.save_strategy))
     if evaluates != saves or evaluates == "no":
@@ -399,4 +402,4 @@ def _early_stopping(settings: DetectorSettings, arguments: TrainingArguments) ->
     if arguments.greater_is_better is None:
         arguments.greater_is_better = not arguments.metric_for_best_model.endswith(("loss", "brier"))
     arguments.restore_callback_states_from_checkpoint = True  # its count of evaluations, that is
-    return [EarlyStoppingCallback(early_stopping_patience=settings.early_stopping_patience)]
+    return [EarlyStoppingCallback(early_stopping_patience=patience)]

@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 1,
+    "logging_steps": 0.05,
     "train_sampling_strategy": "group_by_length",
     "dataloader_pin_memory": False,
     "report_to": "none",

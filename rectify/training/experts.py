@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -23,10 +23,12 @@ from transformers import (
     set_seed,
 )
 
+from rectify.adapted_model import load_base
+from rectify.adapters import add_adapter, save_adapter
 from rectify.detectors.classifier import pad
-from rectify.errors import InvalidArgumentError, first_line
-from rectify.generation.output import sha256_of, write_json
-from rectify.methods.expert_pair import ANTI_EXPERT, CONFIG_FILE, EXPERT, ExpertsConfig, load_base, save_adapter
+from rectify.errors import InvalidArgumentError
+from rectify.json_files import sha256_of, write_json
+from rectify.methods.expert_pair import ANTI_EXPERT, CONFIG_FILE, EXPERT, ExpertsConfig
 from rectify.training.running import SETTINGS_FILE, checkpoint_to_resume
 from rectify.training.trainer import AdapterTrainer, use_fast_attention
 from rectify.vocabulary import Fingerprint
@@ -202,22 +204,15 @@ def with_adapter(model: PreTrainedModel, settings: AdapterSettings) -> PeftModel
     Raises:
         InvalidArgumentError: the settings make none.
     """
-    targets = settings.target_modules
-    try:
-        adapter = LoraConfig(
-            r=settings.lora_r,
-            lora_alpha=settings.lora_alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-            task_type=TaskType.CAUSAL_LM,
-        )
-        return cast(PeftModel, get_peft_model(model, adapter))
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise InvalidArgumentError(
-            f"lora_r {settings.lora_r}, lora_alpha {settings.lora_alpha}, lora_dropout {settings.lora_dropout}, "
-            f"target_modules {targets!r} make no adapter of {settings.model_name_or_path!r} ({first_line(error)}): "
-            "change the one it names"
-        ) from error
+    return add_adapter(
+        model,
+        settings.model_name_or_path,
+        task_type=TaskType.CAUSAL_LM,
+        lora_r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.target_modules,
+    )
 
 
 class LanguageModelTraining(nn.Module):

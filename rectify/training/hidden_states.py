@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from rectify.generation.output import write_json
 from rectify.q_network import DeadEndQNetwork
+from rectify.training.resumable_array import ResumableArray
 from rectify.training.trajectory_data import TrajectoryDataset, collate
 
 _SAVE_EVERY = 50  # batches
@@ -45,27 +44,15 @@ class CachedStates(Dataset):
         self.items = trajectories.items
         lengths = [len(item["input_ids"]) for item in self.items]
         self._ends = np.cumsum(lengths)
-        self._file, self._beside = file, file.with_suffix(".json")
         shape = (int(self._ends[-1]), network.config.hidden_size)
-        begun = {"key": key, "shape": list(shape), "batch_size": batch_size}
-        done = self._done(begun)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._states = np.memmap(file, dtype=np.int16, mode="r+" if done else "w+", shape=shape)
+        self._array = ResumableArray(file, shape, np.int16, key=key, batch_size=batch_size)
+        self._states = self._array.values
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        for number in tqdm(range(done, len(batches)), "hidden states", unit="batch", disable=not progress):
+        for number in tqdm(range(self._array.done, len(batches)), "hidden states", unit="batch", disable=not progress):
             self._fill(network, batches[number])
             if number + 1 == len(batches) or (number + 1) % _SAVE_EVERY == 0:
-                self._states.flush()
-                write_json(self._beside, begun | {"done": number + 1})
-
-    def _done(self, begun: dict[str, Any]) -> int:
-        """How many batches a former run has written."""
-        try:
-            found = json.loads(self._beside.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return 0
-        return found.pop("done", 0) if found.items() >= begun.items() and self._file.exists() else 0
+                self._array.save(number + 1)
 
     @torch.no_grad()
     def _fill(self, network: DeadEndQNetwork, places: list[int]) -> None:
@@ -91,5 +78,4 @@ class CachedStates(Dataset):
 
     def remove(self) -> None:
         """Delete the file."""
-        for path in (self._file, self._beside):
-            path.unlink(missing_ok=True)
+        self._array.remove()

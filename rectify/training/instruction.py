@@ -14,14 +14,15 @@ from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
+from rectify.adapted_model import load_base
+from rectify.adapters import load_adapter
 from rectify.detectors.cascade import predicted
 from rectify.detectors.instruction import InstructionConfig, InstructionDetector
 from rectify.detectors.templates import TEMPLATES, Template
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.calibration import expected_calibration_error
-from rectify.generation.output import sha256_of, write_json
 from rectify.hub import files_digest
-from rectify.methods.expert_pair import continue_adapter, load_base
+from rectify.json_files import sha256_of, write_json
 from rectify.training.detector_figures import scikit_learn
 from rectify.training.experts import (
     LEFT_OUT,
@@ -199,11 +200,8 @@ class _Stage:
         """The language model with its adapter, and the detector that it is part of."""
         settings = self.settings
         name, revision = settings.model_name_or_path, settings.model_revision
-        if start is None:
-            base, tokenizer = load_base(name, revision)
-            model = with_adapter(base, settings)
-        else:
-            model, tokenizer = continue_adapter(start, name, revision)
+        base, tokenizer = load_base(name, revision)
+        model = with_adapter(base, settings) if start is None else load_adapter(base, start, trainable=True)
         config = InstructionConfig(name, self.template, revision, settings.max_length, settings.chat)
         # the model inside, as peft's own does not say that it takes positions
         return model, InstructionDetector(config, cast(PreTrainedModel, model.get_base_model()), tokenizer)

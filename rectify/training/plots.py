@@ -67,9 +67,9 @@ def plot_detector(history: Sequence[dict[str, Any]], path: Path) -> bool:
     _plot_loss(curves, history, "cross-entropy")
     for name in dict.fromkeys(name for entry in history for name in entry if name.endswith("auc")):
         label = name.removeprefix("eval_").rpartition("/")[0]
-        _plot_figure(areas, history, name, label or "all texts")
+        _plot_figure(areas, history, name, label)
     areas.set(xlabel="step", ylabel="AUC, validation")
-    if areas.lines:
+    if len(areas.lines) > 1:
         areas.legend()
     figure.savefig(path, dpi=120)
     return True
@@ -85,9 +85,11 @@ def _plot_loss(axes: Axes, history: Sequence[dict[str, Any]], what: str) -> None
     for name, label in (("loss", "training"), ("eval_loss", "validation")):
         _plot_figure(axes, history, name, label)
     axes.set(xlabel="step", ylabel=what)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
 
 
 def _plot_figure(axes: Axes, history: Sequence[dict[str, Any]], name: str, label: str) -> None:
     points = [(entry["step"], entry[name]) for entry in history if name in entry]
-    axes.plot(*zip(*points, strict=True) if points else ((), ()), marker=".", label=label)
+    if points:
+        axes.plot(*zip(*points, strict=True), marker=".", label=label)

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
-from rectify.generation.output import write_json
 from rectify.heads import LowRankHead
 from rectify.hub import load_language_model, model_place
+from rectify.json_files import write_json
 from rectify.q_network import CONFIG_FILE, DeadEndQNetwork
 from rectify.splits import split_by_hash
 from rectify.static_risk import StaticTokenRisk

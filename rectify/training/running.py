@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from rectify.errors import InvalidArgumentError
-from rectify.generation.output import write_json
+from rectify.json_files import write_json
 
 SETTINGS_FILE = "run_settings.json"
 

@@ -9,7 +9,7 @@ import numpy as np
 from rectify.errors import RectifyError
 
 _KNOTS = np.linspace(0, 1, 41)
-_LOG_TEMPERATURES = (np.log(0.01), np.log(100))
+_LOG_TEMPERATURES = tuple(np.log((0.1, 100)))
 
 
 def calibration_curve(probability: np.ndarray, label: np.ndarray) -> list[list[float]]:
@@ -51,7 +51,8 @@ def calibration_temperature(logit: np.ndarray, label: np.ndarray) -> float:
         label: as `logit`, in [0, 1], soft or hard; of L labels, rows of sum 1.
 
     Returns:
-        From 0.01 to 100; 1 where all labels are 0, or all are 1, which say nothing of the scale.
+        From 0.1, where separable labels end, to 100; 1 where all labels are 0, or all are 1, which say nothing of the
+        scale.
 
     Raises:
         RectifyError: scikit-learn, and scipy with it, is not installed.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from rectify.errors import InvalidArgumentError
+from rectify.packed_attention import Packing, can_pack, packed
 from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.trunk_states import hidden_states, takes_positions
 
@@ -72,13 +73,23 @@ class CausalStates:
         """Hidden states of the last positions, `[B, T, hidden_size]`; see `hidden_states`."""
         return hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
 
-    def encode_branches(self, tokens: Tensor, seen: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def encode_branches(self, tokens: Tensor, seen: Tensor, positions: Tensor, cache: Cache, real: Tensor) -> Tensor:
         """The states after several next tokens of each prefix; see `BranchingModel.encode_branches`."""
         unseen = torch.finfo(self.trunk.dtype).min
         mask = torch.zeros(seen.shape, dtype=self.trunk.dtype, device=seen.device).masked_fill(~seen, unseen)
-        return self.trunk(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        if not can_pack(self.trunk) or bool(real.all()):
+            return self.trunk(
+                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+        packing = Packing(real, mask, cache)
+        with packed(self.trunk):
+            states = self.trunk(
+                input_ids=packing.pack(tokens),
+                position_ids=packing.pack(positions),
+                use_cache=False,
+                packing=packing,
+            ).last_hidden_state
+        return packing.unpack(states)
 
 
 class NextTokenLogits:

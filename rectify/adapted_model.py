@@ -1,0 +1,138 @@
+"""A language model under a LoRA adapter: what is recorded beside the adapter, and how both are loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rectify.adapters import load_adapter
+from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, VocabularyMismatchError, first_line
+from rectify.hub import model_place
+from rectify.json_files import write_json
+from rectify.vocabulary import Fingerprint
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class AdapterConfig:
+    """Everything about adapters of a language model but their weights; saved as `file` beside them.
+
+    Attributes:
+        base_model: Hub id, folder or bundled name of the frozen language model.
+        base_revision: revision of `base_model` on the Hub.
+        vocabulary: fingerprint of its tokenizer.
+        training: free-form record of how the weights came to be.
+        format_version: of the folder's files.
+    """
+
+    file: ClassVar[str]
+    """Its name in a folder."""
+    what: ClassVar[str]
+    """What messages call the adapters, in the plural."""
+    command: ClassVar[str]
+    """What writes such a folder."""
+
+    base_model: str
+    vocabulary: Fingerprint
+    base_revision: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if isinstance(self.vocabulary, dict):
+            self.vocabulary = Fingerprint(**self.vocabulary)
+        if self.format_version > FORMAT_VERSION:
+            raise InvalidArgumentError(
+                f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
+            )
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> Self:
+        """That of a folder.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be used.
+        """
+        path = folder / cls.file
+        if not path.exists():
+            raise CheckpointError(f"{str(folder)!r} holds no {cls.file}: give a folder written by `{cls.command}`")
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{str(path)!r} cannot be used ({first_line(error)}): is the training complete?"
+            ) from error
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write it to a folder."""
+        write_json(folder / self.file, asdict(self))
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer of another vocabulary.
+
+        Raises:
+            VocabularyMismatchError: it is one.
+        """
+        found = Fingerprint.of(tokenizer)
+        if found.sha256 != self.vocabulary.sha256:
+            raise VocabularyMismatchError(
+                f"tokenizer {tokenizer.name_or_path!r} of {found.size} tokens is not that of the {self.what}, of "
+                f"{self.base_model!r} with {self.vocabulary.size} tokens: train {self.what} from a model of this "
+                "vocabulary"
+            )
+
+
+def load_adapted(
+    folder: Path, base_model: str, base_revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The language model under the adapter of a folder, frozen, in evaluation mode, and its tokenizer.
+
+    Below float32, where folding an adapter into the weights would round it away, it stays apart.
+
+    Args:
+        folder: written by `rectify.adapters.save_adapter`.
+        base_model, base_revision, dtype: see `load_base`.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+    """
+    try:
+        base, tokenizer = load_base(base_model, base_revision, dtype)
+        model = load_adapter(base, folder)
+    except (RectifyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{str(folder)!r} could not be loaded ({reason}): is the training complete?") from error
+    whole = model.get_base_model() if torch.finfo(dtype).bits < 32 else model.merge_and_unload()
+    return cast(PreTrainedModel, cast(Any, whole).requires_grad_(False).eval()), tokenizer
+
+
+def load_base(
+    name: str, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The language model that is adapted, and its tokenizer.
+
+    Args:
+        name: folder, `"pocket"` or Hub id.
+        revision: of a Hub id.
+        dtype: of the weights.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+    """
+    place = model_place(name, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main")
+        model = AutoModelForCausalLM.from_pretrained(place, revision=revision or "main", dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"model {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
+            "give a causal language model with its tokenizer"
+        ) from error
+    return model, tokenizer

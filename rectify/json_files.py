@@ -1,0 +1,58 @@
+"""JSON files: records a line, and values written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+
+def write_records(path: Path, records: Iterable[dict[str, Any]], mode: Literal["a", "w"]) -> None:
+    """Append JSON lines to a file, or write them over it; on disk before this returns."""
+    with path.open(mode, encoding="utf-8") as file:
+        file.writelines(map(json_line, records))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """A record as a line of JSON; in ASCII where it holds what is no valid Unicode."""
+    line = json.dumps(record, ensure_ascii=False)
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(record)
+    return line + "\n"
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write a JSON value as a file, whole or not at all.
+
+    Args:
+        path: the file.
+        value: what it holds.
+        indent: for people; `None` for one line.
+    """
+    # what is no valid Unicode is written in ASCII
+    write_whole(path, json.dumps(value, indent=indent, ensure_ascii=indent is None) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may write it at the same time
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def sha256_of(value: Any) -> str:
+    """SHA-256 of a JSON value, hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Fills the masks of a text with other words."""

@@ -1,0 +1,104 @@
+"""Filling by an encoder-decoder that was trained to write a text out, such as GENIUS or BART."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rectify.builders.masking import MASK
+from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.hub import model_place
+from rectify.keyed_noise import KeyedSampling, row_keys
+from rectify.sampling import Sampling
+
+_TOKENS_A_MASK = 5
+_ROWS = 64
+
+
+class Seq2SeqFiller:
+    """Has an encoder-decoder write each masked text out, at most five tokens longer for each mask.
+
+    Args:
+        model: the encoder-decoder, in evaluation mode.
+        tokenizer: with a mask token, which stands for `<MASK>`.
+        name: of the model.
+        top_p: of sampling, with keyed noise.
+        seed: of the noise.
+
+    Raises:
+        InvalidArgumentError: the tokenizer has no mask token, or `top_p` is out of range.
+
+    Source: Guo et al., GENIUS (arXiv 2211.10330), as CMD uses it (arXiv 2308.08295).
+
+    Example:
+        >>> from rectify.rephrasing.seq2seq_filler import Seq2SeqFiller
+        >>> filler = Seq2SeqFiller.from_pretrained("beyond/genius-large")
+        >>> filler.fill(["You are such a <MASK>, and I told you so"], attempt=0)
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        top_p: float = 0.9,
+        seed: int = 0,
+    ) -> None:
+        if tokenizer.mask_token is None:
+            raise InvalidArgumentError(
+                f"filler {name!r} has a tokenizer without a mask token: give a model that fills masks, as BART does"
+            )
+        self.model, self.tokenizer, self.seed = cast(PreTrainedModel, model.eval()), tokenizer, seed
+        self.sampling = Sampling(do_sample=True, top_p=top_p)
+        self.name = f"seq2seq:{name},top_p={top_p:g},seed={seed}"
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, *, device: str | torch.device = "cpu", top_p: float = 0.9, seed: int = 0
+    ) -> Seq2SeqFiller:
+        """The model of a folder or Hub id.
+
+        Raises:
+            CheckpointError: no encoder-decoder is there.
+        """
+        place = model_place(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place)
+            model = AutoModelForSeq2SeqLM.from_pretrained(place).to(device)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"filler {name!r} is no encoder-decoder that can be loaded ({first_line(error)}): give one, as a "
+                "folder or Hub id"
+            ) from error
+        return cls(model, tokenizer, name, top_p, seed)
+
+    @torch.no_grad()
+    def fill(self, masked: Sequence[str], attempt: int) -> list[str | None]:
+        """See `Filler.fill`."""
+        texts = [text.replace(MASK, str(self.tokenizer.mask_token)) for text in masked]
+        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+        found: list[str | None] = [None] * len(texts)
+        for start in range(0, len(order), _ROWS):
+            places = order[start : start + _ROWS]
+            some = self.tokenizer([texts[place] for place in places], return_tensors="pt", padding=True)
+            some = {name: some[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+            lengths = some["attention_mask"].sum(-1).tolist()
+            most = [
+                length + _TOKENS_A_MASK * masked[place].count(MASK)
+                for length, place in zip(lengths, places, strict=True)
+            ]
+            keys = row_keys(self.seed, [masked[place] for place in places], [attempt])
+            # the decoder begins with one token
+            processors = [*self.sampling.warpers(self.model.device), KeyedSampling(keys, 1)]
+            output = cast(Any, self.model).generate(
+                **some,
+                **self.sampling.generate_kwargs()
+                | {"do_sample": False, "num_beams": 1, "logits_processor": processors},
+                max_new_tokens=max(most),
+            )
+            for place, ids, limit in zip(places, output[:, 1:].tolist(), most, strict=True):
+                found[place] = str(self.tokenizer.decode(ids[:limit], skip_special_tokens=True)).strip() or None
+        return found

@@ -1,0 +1,51 @@
+"""An array in a file that is filled in steps, and goes on after an interruption where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from rectify.json_files import write_json
+
+
+class ResumableArray:
+    """A memory-mapped array, and beside it `FILE.json` with how many steps are done.
+
+    Args:
+        file: where it is kept; its folder is made.
+        shape, dtype: of the array.
+        key: of what it depends on, JSON values; a file of another key is made anew.
+
+    Attributes:
+        values: the array.
+        done: steps that a former run, or this one, has finished.
+    """
+
+    def __init__(self, file: Path, shape: tuple[int, ...], dtype: DTypeLike, **key: Any) -> None:
+        self._file, self._beside = file, file.with_suffix(".json")
+        self._key = json.loads(json.dumps({"shape": shape, **key}))
+        self.done = self._steps_done()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.values = np.memmap(file, dtype=dtype, mode="r+" if self.done else "w+", shape=shape)
+
+    def _steps_done(self) -> int:
+        try:
+            found = json.loads(self._beside.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return 0
+        return found.pop("done", 0) if found.items() >= self._key.items() and self._file.exists() else 0
+
+    def save(self, done: int) -> None:
+        """Bring what was written to disk, and note that so many steps are done."""
+        self.values.flush()
+        write_json(self._beside, self._key | {"done": done})
+        self.done = done
+
+    def remove(self) -> None:
+        """Delete the files."""
+        for path in (self._file, self._beside):
+            path.unlink(missing_ok=True)
