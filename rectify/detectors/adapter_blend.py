@@ -18,13 +18,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rectify.adapters import put_adapter
-from rectify.detectors.classifier import (
-    DetectorConfig,
-    ToxicityClassifier,
-    load_base,
-    read_classifier,
-    refusing,
-)
+from rectify.detectors.classifier import ToxicityClassifier, load_base, read_classifier, refusing
+from rectify.detectors.config import DetectorConfig
 from rectify.errors import InvalidArgumentError
 from rectify.hub import checkpoint_folder
 

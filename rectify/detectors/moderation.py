@@ -18,7 +18,8 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.chat_template import PairForm, chat_pair_form
-from rectify.detectors.classifier import CONFIG_FILE, DetectorConfig, ToxicityClassifier
+from rectify.detectors.classifier import CONFIG_FILE, ToxicityClassifier
+from rectify.detectors.config import DetectorConfig
 from rectify.errors import CheckpointError, InvalidArgumentError
 
 CATEGORIES = (

@@ -24,7 +24,8 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 
 from rectify.detectors.backbone import Quantization
-from rectify.detectors.classifier import DetectorConfig, Form, ToxicityClassifier, pad
+from rectify.detectors.classifier import ToxicityClassifier, pad
+from rectify.detectors.config import DetectorConfig, Form
 from rectify.errors import InvalidArgumentError, RectifyError
 from rectify.json_files import sha256_of, write_json
 from rectify.training.detector_figures import label_figures, scikit_learn
