@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +13,9 @@ from rectify.evaluation.intervals import Bootstrap, accuracy, macro_f1
 from rectify.scoring.cascade import calibrated, confidence, correct
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 1.0)
+"""Of escalations: of exactly so many texts, those that the small detector is least sure of."""
 GAIN_AT = 0.3
-"""The share of escalations at which the share of the gain is reported."""
+"""The one of them at which the share of the gain is reported."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,16 @@ class Judged:
     toxic: np.ndarray
 
 
-def cascade_figures(
-    judged: Judged, validation: Judged, temperatures: tuple[float, float], shares: Sequence[float] = SHARES
-) -> dict[str, Any]:
+def cascade_figures(judged: Judged, validation: Judged, temperatures: tuple[float, float]) -> dict[str, Any]:
     """Figures of one source.
 
     Args:
         judged: test texts.
         validation: validation texts, by which the threshold of `GAIN_AT` escalations is chosen.
         temperatures: of the small and the large detector, fitted to validation texts.
-        shares: of escalations, of exactly so many texts, those that the small one is least sure of.
 
     Returns:
-        `n`, `toxic_share`; `shares`, for each share `escalated`, and `accuracy` and `f1_macro` with 95 % bootstrap
+        `n`, `toxic_share`; `shares`, for each of `SHARES` `escalated`, `accuracy` and `f1_macro` with 95 % bootstrap
         intervals over texts (a text without a score is wrong); `threshold`, the same at that which was chosen on
         validation texts; `gain_at_30`, for both figures the share of what always asking the large one gains; `ece` of
         each detector's confidence, before and after calibration.
@@ -64,8 +61,8 @@ def cascade_figures(
             "f1_macro": asdict(bootstrap.estimate(macro_f1(said, truth))),
         }
 
-    found = {f"{share:g}": at(least_confident(sure, share)) for share in shares}
-    ends = at(least_confident(sure, 0)), at(least_confident(sure, GAIN_AT)), at(least_confident(sure, 1))
+    found = {f"{share:g}": at(least_confident(sure, share)) for share in SHARES}
+    small_alone, cascade, large_alone = (found[f"{share:g}"] for share in (0, GAIN_AT, 1))
     threshold = threshold_for_budget(confidence(calibrated(validation.small, temperatures[0])), GAIN_AT)
     return {
         "n": len(judged.toxic),
@@ -73,7 +70,7 @@ def cascade_figures(
         "shares": found,
         "threshold": {"confidence": threshold, **at(~(sure >= threshold))},
         "gain_at_30": {
-            name: share_of_gain(ends[1][name]["value"], ends[0][name]["value"], ends[2][name]["value"])
+            name: share_of_gain(*(each[name]["value"] for each in (cascade, small_alone, large_alone)))
             for name in ("accuracy", "f1_macro")
         },
         "ece": {
