@@ -219,6 +219,9 @@ def test_output_records_hold_the_chain(place, tmp_path, capsys):
     code, _, err = run_command(main, capsys, "generate", *flags, "--trace", tmp_path / "trace.json")
     assert code == 2
     assert "trace" in err
+    code, _, err = run_command(main, capsys, "generate", *flags, "--chat")
+    assert code == 2
+    assert "chat is given with 'cmd:" in err
 
 
 def test_failures_count_as_toxic(place, tmp_path):
