@@ -44,9 +44,9 @@ def cascade_figures(judged: Judged, validation: Judged, temperatures: tuple[floa
 
     Returns:
         `n`, `toxic_share`; `shares`, for each of `SHARES` `escalated`, and `accuracy` and `f1_macro` with 95 %
-        bootstrap intervals over texts (a text without a score is wrong); `threshold`, the same at that which was chosen
-        on validation texts; `gain_at_30`, for both figures the share of what always asking the large one gains; `ece` of
-        each detector's confidence, before and after calibration.
+        bootstrap intervals over texts (a text without a score is wrong); `threshold`, the same at the one chosen on
+        validation texts; `gain_at_30`, for both figures the share of what always asking the large one gains; `ece`
+        of each detector's confidence, before and after calibration.
     """
     small = calibrated(judged.small, temperatures[0])
     sure = confidence(small)
