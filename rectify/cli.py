@@ -6,8 +6,8 @@ import sys
 
 VERBS = {
     "generate": "continue prompts with a language model, as it is or by a method",
-    "build": "make training data: trajectories of the Q network, spans by a scorer, chains of self-detoxification",
-    "train": "train a Q network, a toxicity classifier, a scorer, a span detector, a self-detoxifier, or a baseline",
+    "build": "make training data: trajectories of the Q network, rationales, spans, chains of self-detoxification",
+    "train": "train a Q network, a detector of some kind, a scorer, a self-detoxifier, or a baseline",
     "score": "score the texts of files, by a local scorer or the Perspective API",
     "detect": "say of texts whether they are toxic, how surely, why, and who decided",
     "serve": "a local server in place of the Perspective API",
