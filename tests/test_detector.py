@@ -221,7 +221,7 @@ def test_unusable_backbones_and_settings_are_refused(backbones, make_tokenizer, 
         {"quantization": "int3"},
         {"max_length": 0},
         {"max_length": 161},
-        {"lora_r": -1},
+        {"lora_r": 0},
         {"target_modules": ["nowhere"]},
     ):
         with pytest.raises(InvalidArgumentError, match=next(iter(settings))) as caught:
@@ -533,7 +533,7 @@ def test_the_command_with_columns_a_file(flags, tmp_path, capsys):
         (["--train_files", "missing.csv"], "missing.csv"),
         (["--validation_share", "2"], "validation_share"),
         (["--max_length", "0"], "max_length"),
-        (["--lora_r", "-1"], "lora_r"),
+        (["--lora_r", "0"], "lora_r"),
         (["--early_stopping_patience", "0"], "early_stopping_patience"),
         (["--early_stopping_patience", "2", "--save_strategy", "no"], "save_strategy"),
         (["--model_name_or_path", "nowhere"], "nowhere"),
