@@ -14,11 +14,10 @@ from peft import PeftModel, TaskType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.adapters import add_adapter, load_adapter, quiet_loading, save_adapter
-from rectify.detectors.classifier import pad
+from rectify.detectors.classifier import batches_by_length
 from rectify.detectors.span_decoding import EncodedTexts, Span, encode_windows, spans_of, word_scores
 from rectify.detectors.span_heads import HEADS, SegmentHead, TokenHead
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
@@ -258,25 +257,17 @@ class SpanDetector(nn.Module):
         Raises:
             InvalidArgumentError: `batch_size` is below 1.
         """
-        if batch_size < 1:
-            raise InvalidArgumentError(f"batch_size is {batch_size}: give 1 or more")
         windows = encoded.windows
         rows: list[np.ndarray] = [np.empty(0)] * len(windows)
-        # the longest first: what does not fit into memory fails at once
-        order = sorted(range(len(windows)), key=lambda index: -len(windows[index].input_ids))
         training = self.training
         self.eval()
-        with tqdm(total=len(order), unit="window", disable=not progress) as bar:
-            for start in range(0, len(order), batch_size):
-                places = order[start : start + batch_size]
-                batch = [windows[place] for place in places]
-                ids, mask = pad([window.input_ids for window in batch])
-                own = pad_flags([window.own for window in batch])
-                logits = self(ids.to(self.device), mask.to(self.device), own.to(self.device))
-                scores = self.head.token_logits(logits).sigmoid().cpu().numpy()
-                for row, place, window in zip(scores, places, batch, strict=True):
-                    rows[place] = row[window.begin : window.begin + window.count]
-                bar.update(len(places))
+        for places, ids, mask in batches_by_length([window.input_ids for window in windows], batch_size, progress):
+            batch = [windows[place] for place in places]
+            own = pad_flags([window.own for window in batch])
+            logits = self(ids.to(self.device), mask.to(self.device), own.to(self.device))
+            scores = self.head.token_logits(logits).sigmoid().cpu().numpy()
+            for row, place, window in zip(scores, places, batch, strict=True):
+                rows[place] = row[window.begin : window.begin + window.count]
         self.train(training)
         return encoded.merged(rows)
 

@@ -29,7 +29,7 @@ from rectify.detectors.classifier import pad
 from rectify.errors import InvalidArgumentError
 from rectify.json_files import sha256_of, write_json
 from rectify.methods.expert_pair import ANTI_EXPERT, CONFIG_FILE, EXPERT, ExpertsConfig
-from rectify.training.running import SETTINGS_FILE, checkpoint_to_resume
+from rectify.training.running import SETTINGS_FILE, checkpoint_to_resume, folder_of_several
 from rectify.training.trainer import AdapterTrainer, use_fast_attention
 from rectify.vocabulary import Fingerprint
 
@@ -91,16 +91,7 @@ def train_experts(
             training.
         CheckpointError: nothing usable is at `model_name_or_path`.
     """
-    folder = Path(str(arguments.output_dir))
-    if (folder / CONFIG_FILE).exists():
-        raise InvalidArgumentError(
-            f"output_dir {str(folder)!r} holds a finished training ({CONFIG_FILE}): give another folder, or remove it"
-        )
-    if arguments.resume_from_checkpoint:
-        raise InvalidArgumentError(
-            f"resume_from_checkpoint is {arguments.resume_from_checkpoint!r}, and two models are trained: leave it "
-            "out, a killed training goes on by itself"
-        )
+    folder = folder_of_several(arguments, CONFIG_FILE)
     _, tokenizer = _load(settings)
     parts: dict[str, dict[str, EncodedTexts]] = {EXPERT: {}, ANTI_EXPERT: {}}
     for kind, rows in (("train", train), ("validation", validation)):

@@ -34,7 +34,7 @@ from rectify.training.experts import (
     with_adapter,
 )
 from rectify.training.instruction_rows import InstructionRow
-from rectify.training.running import checkpoint_to_resume
+from rectify.training.running import checkpoint_to_resume, folder_of_several
 from rectify.training.score_calibration import calibration_temperature
 from rectify.training.trainer import AdapterTrainer, use_fast_attention
 
@@ -105,16 +105,7 @@ def train_instruction(
         InvalidArgumentError: there are no rows, a setting is out of range, or the folder holds another training.
         CheckpointError: nothing usable is at `model_name_or_path`.
     """
-    folder = Path(str(arguments.output_dir))
-    if (folder / RESULTS_FILE).exists():
-        raise InvalidArgumentError(
-            f"output_dir {str(folder)!r} holds a finished training ({RESULTS_FILE}): give another folder, or remove it"
-        )
-    if arguments.resume_from_checkpoint:
-        raise InvalidArgumentError(
-            f"resume_from_checkpoint is {arguments.resume_from_checkpoint!r}, and there may be several trainings: "
-            "leave it out, a killed training goes on by itself"
-        )
+    folder = folder_of_several(arguments, RESULTS_FILE)
     scikit_learn()
     stage = _Stage(settings, arguments, template, list(validation), list(callbacks))
     records: dict[str, dict[str, Any]] = {}

@@ -51,11 +51,7 @@ def checkpoint_to_resume(arguments: TrainingArguments, finished: str, **settings
     Raises:
         InvalidArgumentError: the folder holds a finished run, or one of other settings.
     """
-    folder = Path(str(arguments.output_dir))
-    if (folder / finished).exists():
-        raise InvalidArgumentError(
-            f"output_dir {str(folder)!r} holds a finished training ({finished}): give another folder, or remove it"
-        )
+    folder = _unfinished_folder(arguments, finished)
     given = {name: value for name, value in arguments.to_dict().items() if name not in _FREE}
     wanted = json.loads(json.dumps(given | settings, default=str))
     beside = folder / SETTINGS_FILE
@@ -73,6 +69,34 @@ def checkpoint_to_resume(arguments: TrainingArguments, finished: str, **settings
         folder.mkdir(parents=True, exist_ok=True)
         write_json(beside, wanted)
     return arguments.resume_from_checkpoint or checkpoint
+
+
+def folder_of_several(arguments: TrainingArguments, finished: str) -> Path:
+    """The folder of a run that is several trainings, each in a folder in it with a checkpoint of its own.
+
+    Args:
+        arguments: of the Trainers.
+        finished: the file that the finished run leaves in `output_dir`.
+
+    Raises:
+        InvalidArgumentError: the folder holds a finished run, or a checkpoint to start from is named.
+    """
+    folder = _unfinished_folder(arguments, finished)
+    if arguments.resume_from_checkpoint:
+        raise InvalidArgumentError(
+            f"resume_from_checkpoint is {arguments.resume_from_checkpoint!r}, and there are several trainings: leave "
+            "it out, a killed training goes on by itself"
+        )
+    return folder
+
+
+def _unfinished_folder(arguments: TrainingArguments, finished: str) -> Path:
+    folder = Path(str(arguments.output_dir))
+    if (folder / finished).exists():
+        raise InvalidArgumentError(
+            f"output_dir {str(folder)!r} holds a finished training ({finished}): give another folder, or remove it"
+        )
+    return folder
 
 
 def _last_complete(folder: Path) -> str | None:
