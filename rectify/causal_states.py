@@ -77,7 +77,8 @@ class CausalStates:
         """The states after several next tokens of each prefix; see `BranchingModel.encode_branches`."""
         unseen = torch.finfo(self.trunk.dtype).min
         mask = torch.zeros(seen.shape, dtype=self.trunk.dtype, device=seen.device).masked_fill(~seen, unseen)
-        if not can_pack(self.trunk) or bool(real.all()):
+        # an accelerator's step waits for its memory, and computes the padding meanwhile
+        if tokens.device.type != "cpu" or not can_pack(self.trunk) or bool(real.all()):
             return self.trunk(
                 input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state

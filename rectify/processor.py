@@ -140,11 +140,20 @@ class RectificationProcessor(LogitsProcessor):
         return None if self._q is None else self._q.q_network
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, rule: Rule | None = None, **arguments: Any) -> RectificationProcessor:
-        """A processor with the Q network of a folder, a bundled name or a Hub id, on the device of `model`."""
+    def from_pretrained(
+        cls, name: str | Path, rule: Rule | None = None, *, dtype: torch.dtype = torch.float32, **arguments: Any
+    ) -> RectificationProcessor:
+        """A processor with the Q network of a folder, a bundled name or a Hub id, on the device of `model`.
+
+        Args:
+            name: of the Q network.
+            rule: how its values change the policy.
+            dtype: of the Q network's weights; its values are float32 whatever it is.
+            **arguments: of the class.
+        """
         model = arguments.get("model")
         device = model.device if model is not None else None
-        return cls(DeadEndQNetwork.from_pretrained(name, device=device, model=model), rule, **arguments)
+        return cls(DeadEndQNetwork.from_pretrained(name, dtype=dtype, device=device, model=model), rule, **arguments)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Around a call of `generate`

@@ -37,6 +37,14 @@ SPECS = [
         "threshold",
         0.7,
     ),
+    (
+        "rectify:q,dtype=bfloat16",
+        Rectify(path="q", dtype="bfloat16"),
+        "rectify:q,beta=6,dtype=bfloat16",
+        "rectify:q,dtype=bfloat16",
+        "beta",
+        6,
+    ),
     ("rectify,rule=mask", Rectify("mask"), "rectify,rule=mask,threshold=0.5", "rectify,rule=mask", "threshold", 0.5),
     (
         "static:t,rule=cap",
@@ -171,6 +179,7 @@ def test_the_rules_are_made_with_their_parameters():
         ("rectify,beta=nan", "beta"),
         ("rectify,beta=-1", "beta"),
         ("rectify,rule=none", "rule is 'none'"),
+        ("rectify,dtype=int8", "dtype is 'int8'"),
         ("rectify,rule=mask,beta=4", "beta is not a parameter of the rule mask"),
         ("static", "static names no table"),
         ("detector", "detector names no detector"),

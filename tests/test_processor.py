@@ -298,6 +298,11 @@ def test_from_pretrained(make_q_network, make_tokenizer, model, tmp_path):
     assert torch.allclose(
         processor.next_token_log_survival(prompts()), log_survival_of(q_network, prompts()), atol=CLOSE
     )
+    half = RectificationProcessor.from_pretrained(tmp_path, model=model, dtype=torch.bfloat16)
+    values = half.next_token_log_survival(prompts())
+    assert half.q_network.head.tokens.weight.dtype == torch.bfloat16
+    assert values.dtype == torch.float32
+    assert torch.allclose(values, log_survival_of(q_network, prompts()), atol=0.1)
     with pytest.raises(VocabularyMismatchError):
         RectificationProcessor.from_pretrained(tmp_path, tokenizer=make_tokenizer(words=50))
 
