@@ -245,7 +245,7 @@ class InstructionDetector:
         """`label_probabilities` after prompts as the model reads them; NaN where there is `None`."""
         if self.config.template.before:
             found = self.answer_prompts(prompts, batch_size=batch_size, progress=progress)
-            return np.array([answer.probabilities for answer in found]).reshape(len(prompts), -1)
+            return np.array([answer.probabilities for answer in found]).reshape(len(prompts), len(self.config.labels))
         heads, choices = self._choices("", self.config.template.lead)
         asked = {place: prompt for place, prompt in enumerate(prompts) if prompt is not None}
         usable, rows = list(asked), [[*self.encode_prompt(prompt), *heads] for prompt in asked.values()]

@@ -52,7 +52,9 @@ def compare_moderations(
         TrajectoryError: the records cannot be used.
     """
     rows, categories = read_judged_pairs(records)
-    rows = [row for row in rows if any(part.strip() for part in row.pair)]
+    read, rows = len(rows), [row for row in rows if any(part.strip() for part in row.pair)]
+    if not rows:
+        raise InvalidArgumentError(f"records hold {read} pairs, all of them blank: give pairs with a text")
     harmful = np.array([row.labels for row in rows]) >= 0.5
     prompts, flags = [row.prompt for row in rows], np.asarray(harmful.any(-1))
     found: dict[str, Any] = {}
@@ -78,7 +80,7 @@ def compare_moderations(
     metrics = {
         "rule": f"flagged where a category is above its threshold, {threshold}",
         "intervals": {"coverage": 0.95, "seed": seed, "over": "prompts"},
-        "records": {"pairs": len(rows), "sha256": sha256_of([list(row) for row in rows])},
+        "records": {"pairs": len(rows), "blank": read - len(rows), "sha256": sha256_of([list(row) for row in rows])},
         "moderations": found,
     }
     if reference is not None:

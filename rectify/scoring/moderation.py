@@ -86,7 +86,7 @@ class ModerationScorer:
 def _pair(text: str) -> Pair:
     try:
         value = json.loads(text) if text.startswith("[") else None
-    except ValueError:
+    except (ValueError, RecursionError):  # of brackets without end, which language models write
         value = None
     if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
         return Pair(*value)
