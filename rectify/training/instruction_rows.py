@@ -160,6 +160,12 @@ def _add_table(found: Read, rows: Iterator[tuple[str, dict[str, Any], str, str]]
             _add_answer(found, place, "", text, template.write(label, fields_of(row, template)), template)
 
 
+def without_texts_of(rows: Sequence[InstructionRow], others: Sequence[InstructionRow]) -> list[InstructionRow]:
+    """The rows whose text none of the others has."""
+    taken = {row.text.strip() for row in others}
+    return [row for row in rows if row.text.strip() not in taken]
+
+
 def fields_of(row: Mapping[str, Any], template: Template) -> dict[str, str]:
     """The fields of a template's answer that a row has."""
     names = [name for name, _ in template.before + template.after] or ["rationale"]
