@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,12 @@ from rectify.scoring.cascade import CascadeConfig
 from rectify.training import instruction_command
 from rectify.training.experts import LEFT_OUT
 from rectify.training.instruction import EncodedRows
-from rectify.training.instruction_rows import InstructionRow, read_instruction_rows, with_instruction
+from rectify.training.instruction_rows import (
+    InstructionRow,
+    asked_otherwise,
+    read_instruction_rows,
+    with_instruction,
+)
 
 # "so" is one token, and so are " y" and "no"; "maybe" has five
 MERGES = (("s", "o"), ("Ġ", "y"), ("n", "o"))
@@ -195,6 +201,9 @@ def test_tables_alpaca_records_and_ready_texts_are_read(tmp_path):
     ready.write_text(json.dumps([{"text": f"###User: what of 'x'?\n\n### Assistant: {answer}"}]))
     (row,) = read_instruction_rows([ready], explained, ["text"], ["label"]).rows
     assert (row.question, row.answer, row.label) == ("###User: what of 'x'?\n\n### Assistant:\n", answer, "neutral")
+    assert asked_otherwise([row], explained) == 1
+    assert asked_otherwise([row], replace(explained, prompt="###User: what of '{text}'?\n\n### Assistant:\n")) == 0
+    assert asked_otherwise([InstructionRow("", "x", answer, "neutral")], explained) == 0
 
 
 def test_what_cannot_be_read_is_refused_by_its_line(tmp_path):

@@ -13,7 +13,13 @@ from rectify.splits import split_by_hash
 from rectify.text_files import TEXT_COLUMN, one_a_file
 from rectify.training.detector_command import DEFAULTS
 from rectify.training.instruction import InstructionSettings, train_instruction
-from rectify.training.instruction_rows import Read, read_instruction_rows, with_instruction, without_texts_of
+from rectify.training.instruction_rows import (
+    Read,
+    asked_otherwise,
+    read_instruction_rows,
+    with_instruction,
+    without_texts_of,
+)
 
 
 @dataclass
@@ -90,6 +96,8 @@ def run(arguments: tuple[InstructionSettings, InstructionFiles, TrainingArgument
         say(f"validation: {len(held)} rows; {left_out} train and rationale rows with their texts left out")
     if files.rationale_files and not rationales:
         raise InvalidArgumentError(f"rationale_files is {files.rationale_files}: no row of them is left, give others")
+    if others := asked_otherwise([*train, *rationales, *held], template):
+        say(f"questions: {others} rows have another than the detector will ask: give --prompt to have it ask theirs")
     records = train_instruction(settings, training, template, train, held, rationales)
     for stage, record in records.items():
         figures = ", ".join(f"{name} {value:.4g}" for name, value in record["validation"].items())

@@ -160,6 +160,13 @@ def _add_table(found: Read, rows: Iterator[tuple[str, dict[str, Any], str, str]]
             _add_answer(found, place, "", text, template.write(label, fields_of(row, template)), template)
 
 
+def asked_otherwise(rows: Iterable[InstructionRow], template: Template) -> int:
+    """How many rows have a question of their own that is not the template's."""
+    before, _, after = template.prompt.partition(TEXT)
+    own = (row.question for row in rows if row.question)
+    return sum(not (question.startswith(before) and question.endswith(after)) for question in own)
+
+
 def without_texts_of(rows: Sequence[InstructionRow], others: Sequence[InstructionRow]) -> list[InstructionRow]:
     """The rows whose text none of the others has."""
     taken = {row.text.strip() for row in others}
