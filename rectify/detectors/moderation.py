@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args, overload
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.chat_template import PairForm, chat_pair_form
 from rectify.detectors.classifier import CONFIG_FILE, ToxicityClassifier
@@ -349,4 +349,6 @@ def _published_config(folder: Path) -> ModerationConfig:
             )
         names = list(CATEGORIES)
     positions = getattr(model.get_text_config(), "max_position_embeddings", None) or 512
-    return ModerationConfig(str(folder), labels=names, max_length=min(512, positions))
+    # the tokenizer keeps the longest length of the training
+    longest = AutoTokenizer.from_pretrained(folder).model_max_length
+    return ModerationConfig(str(folder), labels=names, max_length=min(512, positions, longest))

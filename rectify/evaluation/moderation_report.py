@@ -59,14 +59,17 @@ def compare_moderations(
     prompts, flags = [row.prompt for row in rows], np.asarray(harmful.any(-1))
     found: dict[str, Any] = {}
     decisions: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name, moderation in moderations.items():
+    thresholds: dict[str, np.ndarray] = {}
+    for name, moderation in moderations.items():  # all of them before the first is asked
         if set(moderation.config.labels) != set(categories):
             differing = min(set(moderation.config.labels) ^ set(categories))
             raise InvalidArgumentError(
                 f"moderations holds {name!r}, whose categories are not those of the records, as to {differing!r}: give "
                 "one that was trained on these"
             )
-        values = moderation.config.threshold_values(_number(threshold))
+        thresholds[name] = moderation.config.threshold_values(_number(threshold))
+    for name, moderation in moderations.items():
+        values = thresholds[name]
         probabilities = moderation.label_probabilities(cast(Any, [row.pair for row in rows]), batch_size)
         truth = harmful[:, [categories.index(label) for label in moderation.config.labels]]
         decisions[name] = np.asarray((probabilities > values).any(-1)), probabilities.max(-1)
