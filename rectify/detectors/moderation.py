@@ -88,18 +88,20 @@ class ModerationConfig(DetectorConfig):
         """What the probability of each category must exceed, `[L]` float64.
 
         Args:
-            threshold: a number, or a name of `thresholds`; `None` for `tuned`, or `prediction` where nothing is tuned.
+            threshold: a number, also as a command line has it, or a name of `thresholds`; `None` for `tuned`, or
+                `prediction` where nothing is tuned.
 
         Raises:
             InvalidArgumentError: there is no such name, or a number is not from 0 to 1.
         """
         if threshold is None:
             threshold = TUNED if TUNED in self.thresholds else "prediction"
-        if isinstance(threshold, str) and threshold not in self.thresholds:
+        try:
+            value = self.thresholds[threshold] if threshold in self.thresholds else float(threshold)
+        except ValueError as error:
             raise InvalidArgumentError(
                 f"threshold is {threshold!r}: give a number from 0 to 1, or one of {', '.join(self.thresholds)}"
-            )
-        value = self.thresholds[threshold] if isinstance(threshold, str) else threshold
+            ) from error
         if isinstance(value, dict):
             if set(value) != set(self.labels):
                 raise InvalidArgumentError(f"threshold {threshold!r} is not of the categories: give one for each")

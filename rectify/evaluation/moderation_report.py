@@ -67,7 +67,7 @@ def compare_moderations(
                 f"moderations holds {name!r}, whose categories are not those of the records, as to {differing!r}: give "
                 "one that was trained on these"
             )
-        thresholds[name] = moderation.config.threshold_values(_number(threshold))
+        thresholds[name] = moderation.config.threshold_values(threshold)
     for name, moderation in moderations.items():
         values = thresholds[name]
         probabilities = moderation.label_probabilities(cast(Any, [row.pair for row in rows]), batch_size)
@@ -134,9 +134,7 @@ def judge_answers(
             f"{', '.join(dict.fromkeys(record['model'] for record in records))}"
         )
     questions, answers = ([record[name] for record in records] for name in ("prompt", "response"))
-    predictions = moderation.predict(
-        questions, answers, batch_size=batch_size, threshold=_number(threshold), return_bool=True
-    )
+    predictions = moderation.predict(questions, answers, batch_size=batch_size, threshold=threshold, return_bool=True)
     records = [
         record | {"flagged": record["flagged"] | {OURS: prediction["flagged"]}}
         for record, prediction in zip(records, predictions, strict=True)
@@ -154,13 +152,6 @@ def judge_answers(
     else:
         logger.info("no plot is drawn without matplotlib: pip install 'rectify[plots]'")
     return agreement, _markdown("Judges", [_agreement_table(agreement)])
-
-
-def _number(threshold: float | str) -> float | str:
-    try:
-        return float(threshold)
-    except ValueError:
-        return threshold
 
 
 # ---------------------------------------------------------------------------------------------------------------------
