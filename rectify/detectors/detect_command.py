@@ -66,6 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.csv:  # made now, as it is written at the end
         if Path(arguments.csv).is_dir():
             raise InvalidArgumentError(f"csv {arguments.csv!r} is a folder: give a file")
+        others = [*arguments.files, *([arguments.output] if arguments.output else [])]
+        if Path(arguments.csv).resolve() in (Path(path).resolve() for path in others):
+            raise InvalidArgumentError(f"csv {arguments.csv!r} is an input or the output as well: give another file")
         Path(arguments.csv).parent.mkdir(parents=True, exist_ok=True)
     texts = arguments.text or read_texts(arguments.files, arguments.text_column)
     writing = Writing(
