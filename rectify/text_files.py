@@ -342,11 +342,20 @@ def _text(row: Any, column: str, place: str) -> str:
             text = text.get("text")
     if not isinstance(text, str):
         raise TrajectoryError(f"{place}: {text!r} stands where the text should be: give a string")
+    check_unicode(text, place)
+    return text
+
+
+def check_unicode(text: str, place: str) -> None:
+    """Refuse a text that holds half of a surrogate pair, as JSON may.
+
+    Raises:
+        TrajectoryError: it does; `place` names it.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TrajectoryError(f"{place}: no valid Unicode text ({error.reason}): encode it as UTF-8") from error
-    return text
 
 
 def _word(value: Any) -> str:

@@ -27,6 +27,7 @@ from rectify.evaluation.cascade_command import main as evaluate
 from rectify.evaluation.intervals import Bootstrap, macro_f1
 from rectify.scoring import load_scorer
 from rectify.scoring.cascade import ALL, CascadeConfig, calibrated, confidence, correct
+from rectify.scoring.scores import Scores
 
 CONFIDENCES = st.lists(st.sampled_from([0.5, 0.6, 0.75, 0.9, 1.0, np.nan]), min_size=1, max_size=12).map(np.array)
 
@@ -216,6 +217,39 @@ def test_a_cascade_that_was_killed_goes_on(tmp_path, monkeypatch):
     assert len(loaded) == 3
 
 
+def test_decisions_of_another_threshold_are_not_taken_for_these(tmp_path):
+    from rectify.detectors.decisions import Writing, decisions
+
+    (tmp_path / "words.txt").write_text("idiot\n")
+    spec, output = f"cascade:{tmp_path / 'cascade'}", tmp_path / "o.jsonl"
+    CascadeConfig("stub", f"keywords:{tmp_path / 'words.txt'}", 0.5).save_pretrained(tmp_path / "cascade")
+    found = decisions(spec, ["text"], Writing(), output=output)
+    assert decisions(spec, ["text"], Writing(batch_size=2), output=output) == found
+    CascadeConfig("stub", f"keywords:{tmp_path / 'words.txt'}", 1).save_pretrained(tmp_path / "cascade")
+    with pytest.raises(InvalidArgumentError, match=r"begun with threshold 0\.5, not 1\.0"):
+        decisions(spec, ["text"], Writing(), output=output)
+
+
+def test_what_was_scored_is_not_scored_again(tmp_path, monkeypatch):
+    from rectify.scoring import cascade as module
+
+    class Counting:
+        name, revision, attributes = "counting", "1", ("TOXICITY",)
+
+        def score(self, texts, attributes=("TOXICITY",)):
+            asked.extend(texts)
+            if len(texts) < 256:
+                raise KeyboardInterrupt
+            return Scores(np.full((len(texts), 1), 0.25), ("TOXICITY",), (None,) * len(texts))
+
+    asked, texts = [], [f"text {number}" for number in range(300)]
+    monkeypatch.setattr(module, "load_part", lambda spec, device: Counting())
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            module.toxicity_by("counting", texts, tmp_path / "scores.sqlite")
+    assert asked == [*texts, *texts[256:]]
+
+
 def test_thresholds_of_all_and_none_are_kept_as_json(tmp_path):
     sure = np.array([0.5, 1.0, np.nan])
     for threshold, count in ((np.inf, 3), (-np.inf, 1)):
@@ -223,6 +257,8 @@ def test_thresholds_of_all_and_none_are_kept_as_json(tmp_path):
         json.loads((tmp_path / "cascade_config.json").read_text(), parse_constant=pytest.fail)
         assert escalated(sure, CascadeConfig.from_pretrained(tmp_path).threshold).sum() == count
     assert CascadeConfig("a", "b", 9).threshold == ALL
+    with pytest.raises(InvalidArgumentError, match="threshold is nan"):
+        CascadeConfig("a", "b", np.nan)
     with pytest.raises(CheckpointError, match=r"holds no cascade_config.json"):
         CascadeConfig.from_pretrained(tmp_path / "nowhere")
 
@@ -258,6 +294,7 @@ def test_the_evaluation_writes_tables_and_pictures(tmp_path, capsys):
         (["--label_values", "bad=1,ok=1"], "texts of one label"),
         (["--label_values", ""], "kind is 'bad'"),
         (["--small", "nothing"], "scorer is 'nothing'"),
+        (["--budget", "30", "--small", "nothing"], "budget is 30.0: give a number from 0 to 1"),
     ],
 )
 def test_what_makes_no_cascade_is_refused(tmp_path, capsys, changes, says):

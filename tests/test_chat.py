@@ -115,6 +115,7 @@ class Fixed:
         (413, [], ReplyError, "TOO_LONG"),
         (200, {"choices": [{"message": {"content": None}}]}, ReplyError, "INVALID_REQUEST"),
         (200, {"choices": []}, ReplyError, "BAD_RESPONSE"),
+        (200, {"choices": [{"message": {"content": "hm \ud83d"}}]}, ReplyError, "BAD_RESPONSE"),
     ],
 )
 def test_what_a_server_refuses_is_said_without_the_key(status, body, error, says):
@@ -150,6 +151,10 @@ def test_the_key_comes_from_the_environment_and_is_in_no_log_or_error(monkeypatc
         ("local:", "give one of"),
         ("endpoint:http://h", "lacks the model"),
         ("endpoint:http://h?key=Secret,model=m", "endpoint is no plain address"),
+        ("endpoint:http://h,model=m,key=Secret", "gives 'key', which it has not"),
+        ("endpoint:http://h,key=Secret", "gives 'key', which it has not"),
+        ("endpoint:http://Secret@h", "lacks the model"),
+        ("http://h,key=Secret", "chat model is 'http': give one of"),
         ("endpoint:http://h,model=m,rate=0", "rate is 0"),
         ("endpoint:http://h,model=m,rat=1", "gives 'rat', which it has not"),
         ("endpoint:http://h,model=m,workers=x", "workers is 'x': give a whole number"),
@@ -159,8 +164,9 @@ def test_the_key_comes_from_the_environment_and_is_in_no_log_or_error(monkeypatc
     ],
 )
 def test_bad_specs_are_refused_by_name(spec, says):
-    with pytest.raises(InvalidArgumentError, match=says):
+    with pytest.raises(InvalidArgumentError, match=says) as caught:
         make_chat(spec)
+    assert "Secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

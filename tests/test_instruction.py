@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +14,22 @@ from commands import run_command
 from transformers import TrainerCallback
 
 from rectify.cli import main
+from rectify.detectors.decisions import Writing, decisions
 from rectify.detectors.instruction import InstructionConfig, InstructionDetector
 from rectify.detectors.templates import TEMPLATES, Problem, Template
 from rectify.errors import CheckpointError, InvalidArgumentError, TrajectoryError
 from rectify.sampling import Sampling
 from rectify.scoring import Reason, load_scorer
+from rectify.scoring.cascade import CascadeConfig
 from rectify.training import instruction_command
 from rectify.training.experts import LEFT_OUT
 from rectify.training.instruction import EncodedRows
-from rectify.training.instruction_rows import InstructionRow, read_instruction_rows, with_instruction
+from rectify.training.instruction_rows import (
+    InstructionRow,
+    asked_otherwise,
+    read_instruction_rows,
+    with_instruction,
+)
 
 # "so" is one token, and so are " y" and "no"; "maybe" has five
 MERGES = (("s", "o"), ("Ġ", "y"), ("n", "o"))
@@ -62,6 +70,10 @@ def test_the_confidence_is_that_of_all_tokens_of_a_label_in_any_batch():
     assert np.abs(found.label_probabilities(TEXTS, batch_size=2) - whole).max() < 1e-5
     assert whole.std(0)[:2].min() > 1e-3  # else the test says nothing
     assert np.isnan(found.label_probabilities([" ", "x"])[0]).all()
+    for template in (THREE, TEMPLATES["explained"]):
+        assert detector(template).label_probabilities([]).shape == (0, 3)
+    with pytest.raises(InvalidArgumentError, match=r"texts\[1\] is .* valid Unicode"):
+        found.label_probabilities(["x", "\ud800"])
     assert np.allclose(found.toxicity(whole), whole[:, 0] + whole[:, 2])
 
 
@@ -168,6 +180,9 @@ def test_tables_alpaca_records_and_ready_texts_are_read(tmp_path):
         InstructionRow("", "idiot", "Label: toxic", "toxic"),
     ]
     assert str(found) == "2 rows, 1 blank left out, 1 unlabelled left out"
+    table.write_text("comment,class,rationale\nidiot,1,It insults. Label: toxic\nhello,0,It greets.\n")
+    found = read_instruction_rows([table], toxic, ["comment"], ["class"])
+    assert str(found) == "1 rows, 1 unparsed left out"
     alpaca = tmp_path / "a.json"
     records = [{"instruction": "判断", "input": "你好", "output": "它问好。 不良内容：否"}]
     alpaca.write_text(
@@ -176,13 +191,19 @@ def test_tables_alpaca_records_and_ready_texts_are_read(tmp_path):
     found = read_instruction_rows([alpaca], TEMPLATES["chinese"], ["text"], ["label"])
     assert found.rows == [InstructionRow("判断\n你好", "你好", "它问好。 不良内容：否", "否")]
     assert found.unparsed == 1
-    assert with_instruction(TEMPLATES["chinese"], found.instructions).ask("滚") == "判断\n滚"
+    alpaca.write_text(json.dumps([{"instruction": "Is 'x' rude?", "input": None, "output": "Label: toxic"}]))
+    (row,) = read_instruction_rows([alpaca], toxic, ["text"], ["label"]).rows
+    assert (row.question, row.text) == ("Is 'x' rude?", "Is 'x' rude?")
+    assert with_instruction(TEMPLATES["chinese"], {"判断"}).ask("滚") == "判断\n滚"
     assert with_instruction(toxic, {"a", "b"}) is toxic
     ready = tmp_path / "r.json"
     answer = explained.write("neutral", {"explanation": "fine"})
     ready.write_text(json.dumps([{"text": f"###User: what of 'x'?\n\n### Assistant: {answer}"}]))
     (row,) = read_instruction_rows([ready], explained, ["text"], ["label"]).rows
     assert (row.question, row.answer, row.label) == ("###User: what of 'x'?\n\n### Assistant:\n", answer, "neutral")
+    assert asked_otherwise([row], explained) == 1
+    assert asked_otherwise([row], replace(explained, prompt="###User: what of '{text}'?\n\n### Assistant:\n")) == 0
+    assert asked_otherwise([InstructionRow("", "x", answer, "neutral")], explained) == 0
 
 
 def test_what_cannot_be_read_is_refused_by_its_line(tmp_path):
@@ -194,6 +215,9 @@ def test_what_cannot_be_read_is_refused_by_its_line(tmp_path):
         read_instruction_rows([path], TEMPLATES["explained"], ["text"], ["label"], "odd=vile")
     with pytest.raises(TrajectoryError, match="no column 'class'"):
         read_instruction_rows([path], TEMPLATES["explained"], ["text"], ["class"])
+    (tmp_path / "u.json").write_text(r'[{"instruction": "a", "input": "\ud800", "output": "Label: toxic"}]')
+    with pytest.raises(TrajectoryError, match="record 0: no valid Unicode"):
+        read_instruction_rows([tmp_path / "u.json"], TEMPLATES["toxic"], ["text"], ["label"])
     (tmp_path / "l.json").write_text('[{"text": "a"},')
     with pytest.raises(TrajectoryError, match="begins a JSON list and is none"):
         read_instruction_rows([tmp_path / "l.json"], TEMPLATES["toxic"], ["text"], ["label"])
@@ -210,6 +234,14 @@ def test_the_loss_is_on_the_answer_alone():
     assert found.tokenizer.decode(counted) == "so yes<end>"
     assert found.tokenizer.decode(item["input_ids"]) == "Q hi\nso yes<end>"
     assert len(item["labels"]) == len(item["input_ids"])
+    question = "y" * (512 - len("so no") - 1)
+    close = [InstructionRow("q", "q", "so no", "no"), InstructionRow(question, question, "so no", "no")]
+    assert EncodedRows(found, close, "train").too_long == 0
+    held = EncodedRows(found, close, "validation", found.room)
+    assert (held.rows, held.too_long) == (close[:1], 1)  # "maybe" would be longer than the context
+    found.prompt_probabilities([question[: 512 - found.room]])
+    with pytest.raises(InvalidArgumentError, match="make 513 tokens"):
+        found.prompt_probabilities([question[: 513 - found.room]])
 
 
 # --- training and use
@@ -300,14 +332,58 @@ def test_other_rationales_do_not_continue_a_stage(place, trained, tmp_path, caps
         (trained / "kept.json").rename(trained / "all_results.json")
 
 
+def test_no_stage_learns_a_validation_text(place, tmp_path, capsys, monkeypatch):
+    given = []
+    monkeypatch.setattr(instruction_command, "train_instruction", lambda *parts: given.append(parts[3:]) or {})
+    every = tmp_path / "rationales.jsonl"
+    every.write_text("".join((place / f"{name}.jsonl").read_text() for name in ("labels", "rationales", "validation")))
+    call = flags(place, tmp_path / "out", train_files=place / "labels.jsonl", rationale_files=every)
+    code, _, err = run_command(main, capsys, "train", "instruction", *call)
+    assert code == 0, err
+    assert "validation: 8 rows; 8 train and rationale rows with their texts left out" in err
+    at = call.index("--validation_files")
+    del call[at : at + 2]
+    assert run_command(main, capsys, "train", "instruction", *call, "--validation_share", 0.4)[0] == 0
+    for train, held, rationales in given:
+        texts = [{row.text for row in part} for part in (train, held, rationales)]
+        assert all(texts)
+        assert not texts[1] & (texts[0] | texts[2])
+    call[call.index("--rationale_files") + 1] = str(place / "labels.jsonl")
+    call[call.index("--train_files") + 1] = str(place / "validation.jsonl")
+    call += ["--validation_files", str(place / "labels.jsonl")]
+    assert "no row of them is left" in run_command(main, capsys, "train", "instruction", *call)[2]
+
+
+def test_a_validation_row_that_is_too_long_ends_no_finished_training(place, tmp_path, capsys):
+    rows = [{"instruction": "Q", "input": f"x {n}", "output": f"Label: {'non-' * (n % 2)}toxic"} for n in range(6)]
+    (tmp_path / "t.json").write_text(json.dumps(rows[:4]))
+    (tmp_path / "v.json").write_text(json.dumps([*rows[4:], rows[0] | {"input": "y" * 600}]))
+    call = flags(place, tmp_path / "out", train_files=tmp_path / "t.json", validation_files=tmp_path / "v.json",
+                 max_steps=1)  # fmt: skip
+    at = call.index("--rationale_files")
+    del call[at : at + 2]
+    code, _, err = run_command(main, capsys, "train", "instruction", *call)
+    assert code == 0, err
+    assert re.search("labels: 4 rows; on the validation rows: .* n 2, .* too_long 1", err)
+
+
+def test_a_cascade_is_as_sure_as_the_label_that_was_written(trained, tmp_path, monkeypatch):
+    write(InstructionDetector.from_pretrained(trained), {"a": ("Label: non-toxic", True)}, monkeypatch)
+    CascadeConfig(f"instruction:{trained}", "stub", 0, 2.0).save_pretrained(tmp_path)
+    (record,) = decisions(f"cascade:{tmp_path}", ["aaa 1"], Writing(write=True), "cpu")
+    assert record["label"] == "non-toxic"
+    assert record["confidence"] == 1 - record["toxicity"] < 0.5  # the model would have said another
+
+
 def test_a_detector_is_a_scorer_and_a_verb_writes_records_and_a_table(trained, tmp_path, capsys):
     scorer = load_scorer(f"instruction:{trained}", device="cpu")
     scores = scorer.score(["aaa 1", " ", "bbb 2"])
     found = InstructionDetector.from_pretrained(trained)
     assert np.allclose(scores["TOXICITY"][[0, 2]], found.label_probabilities(["aaa 1", "bbb 2"])[:, 1], atol=1e-6)
     assert scores.reasons == (None, Reason.COMMENT_EMPTY, None)
-    texts, output, table = tmp_path / "t.txt", tmp_path / "o.jsonl", tmp_path / "o.csv"
+    texts, output = tmp_path / "t.txt", tmp_path / "o.jsonl"
     texts.write_text("aaa 1\nbbb 2\n")
+    table = tmp_path / "made" / "o.csv"
     call = ["detect", texts, "--detector", f"instruction:{trained}", "--device", "cpu", "--output", output]
     code, out, err = run_command(main, capsys, *call, "--csv", table)
     assert (code, out) == (0, ""), err
@@ -317,6 +393,8 @@ def test_a_detector_is_a_scorer_and_a_verb_writes_records_and_a_table(trained, t
     assert run_command(main, capsys, *call)[0] == 0
     assert len(output.read_text().splitlines()) == 2
     assert "was begun with seed" in run_command(main, capsys, *call, "--seed", "1")[2]
+    for taken in (texts, output):
+        assert "is an input or the output as well" in run_command(main, capsys, *call, "--csv", taken)[2]
     code, out, err = run_command(
         main,
         capsys,

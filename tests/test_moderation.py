@@ -158,6 +158,12 @@ def test_a_published_checkpoint(published):
     assert loaded.truncated == 0
 
 
+def test_a_published_checkpoint_reads_what_it_was_trained_on(tmp_path):
+    tokenizer = bare_tokenizer()
+    tokenizer.model_max_length = 100
+    assert QAModeration.from_pretrained(write_backbone(tmp_path, CATEGORIES, tokenizer)).config.max_length == 100
+
+
 def test_labels_without_names(tmp_path):
     loaded = QAModeration.from_pretrained(write_backbone(tmp_path / "a", [f"LABEL_{place}" for place in range(14)]))
     assert loaded.config.labels == list(CATEGORIES)

@@ -10,7 +10,7 @@ import pytest
 from moderation_records import record, write_backbone, write_lines
 
 from rectify.detectors.moderation import CATEGORIES
-from rectify.errors import TrajectoryError
+from rectify.errors import InvalidArgumentError, TrajectoryError
 from rectify.evaluation.moderation import (
     Auc,
     flagged_differences,
@@ -19,6 +19,7 @@ from rectify.evaluation.moderation import (
     moderation_figures,
 )
 from rectify.evaluation.moderation_agreement import agreement_of, agreement_plot, read_judged
+from rectify.evaluation.moderation_report import compare_moderations
 
 EVAL = Path(__file__).parent.parent / "eval"
 HARMFUL = np.array([True, False, True, False, True, False])
@@ -36,6 +37,13 @@ JUDGED = [
     judged("two", gpt4=False, human=None, moderation=False),
     judged("two", gpt4=False, human=False, moderation=False),
 ]
+
+
+def test_blank_pairs_have_no_figures(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [record(" ", "")])
+    with pytest.raises(InvalidArgumentError, match="records hold 1 pairs, all of them blank"):
+        compare_moderations({}, [path], tmp_path / "out")
+
 
 # --- figures
 

@@ -34,6 +34,7 @@ def test_scores_are_of_pairs(folder, scorer):
     assert found.values[:4, 1:] == pytest.approx(expected, abs=1e-6)
     assert found["TOXICITY"][:4] == pytest.approx(expected.max(-1), abs=1e-6)
     assert len({round(value, 5) for value in found["TOXICITY"][:4]}) == 4
+    assert scorer.score(["[" * 100_000]).reasons == (None,)  # no pair
     assert found.reasons == (None,) * 4 + (Reason.COMMENT_EMPTY,) * 2 + (Reason.INVALID_UNICODE,)
     assert scorer.attributes == ("TOXICITY", *CATEGORIES)
 

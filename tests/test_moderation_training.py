@@ -57,6 +57,7 @@ def test_the_order_of_the_labels_is_the_published_one(tmp_path):
     [
         ({"prompt": "q", "response": "a"}, "line 2: there is 'prompt', 'response': give records"),
         (record("q", "a") | {"response": None}, "line 2: response is None"),
+        (record("\ud800", "a"), "line 2: no valid Unicode text"),
         (record("q", "a") | {"category": {}}, "line 2: category is {}"),
         (record("q", "a") | {"category": {"self_harm": 2}}, "line 2: 'self_harm' is 2"),
         (record("q", "a") | {"category": {"self_harm": True}}, "line 2: the categories are not those of the first"),

@@ -114,6 +114,10 @@ def test_the_command_goes_on_after_a_failure_and_pays_for_no_reply_twice(tmp_pat
         assert "rationales: 4 of 8 kept" in err
         assert len(broken.requests) == known + 3  # the failed one, the same again, and its check
         assert "Secret" not in err + output.read_text()
+        same = [*flags[:-3], texts, *flags[-2:]]
+        code, _, err = run_command(main, capsys, "build", "rationales", "--teacher", spec, *same)
+        assert (code, texts.read_text().startswith("comment,class")) == (2, True)
+        assert "is an input as well" in err
         fresh = tmp_path / "fresh.jsonl"
         flags[flags.index(output)] = fresh
         run_command(main, capsys, "build", "rationales", "--teacher", f"endpoint:{other.url},model=m", *flags)

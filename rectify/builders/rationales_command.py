@@ -56,6 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
     files, output = arguments.texts, Path(arguments.output)
     if output.is_dir():
         raise InvalidArgumentError(f"output {str(output)!r} is a folder: give a file")
+    if output.resolve() in (Path(file).resolve() for file in files):
+        raise InvalidArgumentError(f"output {str(output)!r} is an input as well: give another file")
+    output.parent.mkdir(parents=True, exist_ok=True)
     texts = one_a_file("text_column", arguments.text_column, len(files))
     labels = one_a_file("label_column", arguments.label_column, len(files))
     found = read_instruction_rows(files, template, texts, labels, arguments.label_classes)

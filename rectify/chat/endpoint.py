@@ -121,6 +121,10 @@ class EndpointChat:
                 return Reason.BAD_RESPONSE
             if not isinstance(content, str):  # refused, or a call of a tool
                 return Reason.INVALID_REQUEST
+            try:
+                content.encode()
+            except UnicodeEncodeError:  # half of a surrogate pair, where a server cuts between tokens
+                return Reason.BAD_RESPONSE
             replies.append(content.strip())
             return None
 

@@ -44,12 +44,13 @@ def make_chat(spec: str) -> LocalChat | EndpointChat:
     kind, _, place = title.partition(":")
     forms = [form.partition(":")[0] for form in CHATS]
     if kind not in forms or not place:
-        raise InvalidArgumentError(f"chat model is {spec!r}: give one of {' or '.join(CHATS)}")
-    given = read_pairs(pairs, _SAMPLING | (_LOCAL if kind == "local" else _ENDPOINT), f"chat model {spec!r}")
+        raise InvalidArgumentError(f"chat model is {kind!r}: give one of {' or '.join(CHATS)}")
+    # the rest is not repeated: somebody may have put a key there
+    given = read_pairs(pairs, _SAMPLING | (_LOCAL if kind == "local" else _ENDPOINT), f"chat model {kind!r}")
     chosen = {field.name: given.pop(field.name) for field in fields(ChatSampling) if field.name in given}
     sampling = ChatSampling(**chosen)
     if kind == "local":
         return LocalChat(place, sampling=sampling, **given)
     if "model" not in given:
-        raise InvalidArgumentError(f"chat model {spec!r} lacks the model: give endpoint:URL,model=NAME")
+        raise InvalidArgumentError("chat model 'endpoint' lacks the model: give endpoint:URL,model=NAME")
     return EndpointChat(place, given.pop("model"), sampling=sampling, **given)

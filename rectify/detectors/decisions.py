@@ -14,13 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from rectify.detectors.cascade import predicted
-from rectify.detectors.instruction import GREEDY, Answer, InstructionDetector
+from rectify.detectors.instruction import GREEDY, Answer, InstructionConfig, InstructionDetector
 from rectify.errors import InvalidArgumentError
 from rectify.generation.output import GenerationFile
 from rectify.hub import available_device
 from rectify.json_files import sha256_of, write_whole
 from rectify.sampling import Sampling
-from rectify.scoring.cascade import CascadeConfig, calibrated, confidence, free_memory, load_part
+from rectify.scoring.cascade import CascadeConfig, calibrated, free_memory, load_part
 from rectify.scoring.scores import ATTRIBUTES
 
 UNPARSED = "unparsed"
@@ -69,7 +69,8 @@ def decisions(
     Returns:
         Records with `text`, `label` (that of the template, else toxic or non-toxic; `unparsed` without one),
         `confidence` in it, `toxicity`, both from 0 to 1 or `None`, `decided_by`, `output` as it was written, and, where
-        there are any, `problem`, `incomplete` and the fields of the answer.
+        there are any, `problem`, `incomplete` and the fields of the answer. Of a cascade both are calibrated, and the
+        confidence is that the text is toxic, or is not, as the label has it.
 
     Raises:
         InvalidArgumentError: the output was begun otherwise.
@@ -79,7 +80,8 @@ def decisions(
     if kind != "cascade":
         return _one(spec, texts, writing, device, output)
     config = CascadeConfig.from_pretrained(path)
-    final = _file(spec, texts, writing, output)
+    how = {name: value for name, value in asdict(config).items() if name != "training"}
+    final = _file(spec, texts, writing, output, **how)
     if final is not None and final.done == len(texts):
         return _records_of(final)
     beside = [None if output is None else Path(f"{output}.{part}.jsonl") for part in ("small", "large")]
@@ -87,11 +89,10 @@ def decisions(
     small = np.array([np.nan if record["toxicity"] is None else record["toxicity"] for record in first])
     places = np.flatnonzero(config.escalated(small)).tolist()
     second = _one(config.large, [texts[place] for place in places], writing, device, beside[1]) if places else []
-    for record in first:
-        _calibrate(record, config.small_temperature)
+    _calibrate(first, config.small, config.small_temperature)
+    _calibrate(second, config.large, config.large_temperature)
     for place, record in zip(places, second, strict=True):
         first[place] = record
-        _calibrate(record, config.large_temperature)
     if final is not None:
         final.append(first[final.done :])
         for used in filter(None, beside):
@@ -100,17 +101,23 @@ def decisions(
     return first
 
 
-def _calibrate(record: Record, temperature: float) -> None:
-    if record["toxicity"] is not None:
-        toxicity = calibrated(np.array([record["toxicity"]]), temperature)
-        record["toxicity"], record["confidence"] = float(toxicity[0]), float(confidence(toxicity)[0])
+def _calibrate(records: list[Record], spec: str, temperature: float) -> None:
+    kind, _, path = spec.partition(":")
+    toxic = InstructionConfig.from_pretrained(path).template.toxic if kind == "instruction" else ("toxic",)
+    for record in records:
+        if record["toxicity"] is not None:
+            toxicity = float(calibrated(np.array([record["toxicity"]]), temperature)[0])
+            # a label that was sampled, or one of three, need not be what the probability speaks for
+            record["toxicity"], record["confidence"] = toxicity, toxicity if record["label"] in toxic else 1 - toxicity
 
 
-def _file(spec: str, texts: Sequence[str], writing: Writing, output: str | Path | None) -> GenerationFile | None:
+def _file(
+    spec: str, texts: Sequence[str], writing: Writing, output: str | Path | None, **settings: Any
+) -> GenerationFile | None:
     if output is None:
         return None
-    how = {name: repr(value) for name, value in asdict(writing).items()}
-    return GenerationFile(output, {"detector": spec, "texts": sha256_of(list(texts)), **how})
+    how = {name: repr(value) for name, value in asdict(writing).items() if name != "batch_size"}
+    return GenerationFile(output, {"detector": spec, "texts": sha256_of(list(texts)), **how, **settings})
 
 
 def _one(

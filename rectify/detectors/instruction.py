@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rectify.adapted_model import load_adapted
 from rectify.adapters import save_adapter
 from rectify.chat_template import chat_prompt
+from rectify.detectors.classifier import check_texts
 from rectify.detectors.templates import Parsed, Template
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.evaluation.fluency import prompted_nll
@@ -28,6 +29,7 @@ from rectify.sampling import Sampling
 
 CONFIG_FILE = "instruction_config.json"
 FORMAT_VERSION = 1
+ANSWER_TOKENS = 200
 GREEDY = Sampling(do_sample=False)
 
 
@@ -71,6 +73,21 @@ class InstructionConfig:
     def labels(self) -> list[str]:
         """The template's labels."""
         return list(self.template.labels)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> InstructionConfig:
+        """That of a folder or a Hub id.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be used.
+        """
+        path = checkpoint_folder(name, revision) / CONFIG_FILE
+        if not path.exists():
+            raise CheckpointError(f"{str(name)!r} holds no {CONFIG_FILE}: give a folder of `rectify train instruction`")
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{str(path)!r} cannot be used ({first_line(error)})") from error
 
     def save_pretrained(self, folder: str | Path, model: PeftModel) -> None:
         """Write it and a model's adapter to a folder; the language model that is adapted stays where it is."""
@@ -143,13 +160,8 @@ class InstructionDetector:
         Raises:
             CheckpointError: nothing usable is there.
         """
+        config = InstructionConfig.from_pretrained(name, revision)
         folder = checkpoint_folder(name, revision)
-        if not (folder / CONFIG_FILE).exists():
-            raise CheckpointError(f"{str(name)!r} holds no {CONFIG_FILE}: give a folder of `rectify train instruction`")
-        try:
-            config = InstructionConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{str(folder / CONFIG_FILE)!r} cannot be used ({first_line(error)})") from error
         model, tokenizer = load_adapted(folder, config.base_model, config.base_revision, dtype)
         return cls(config, model.to(device), tokenizer)  # type: ignore[arg-type]
 
@@ -234,8 +246,10 @@ class InstructionDetector:
             comes to no label.
 
         Raises:
-            InvalidArgumentError: `batch_size` is below 1, or prompts do not fit the model's context.
+            InvalidArgumentError: `batch_size` is below 1, a text is no valid Unicode, or prompts do not fit the
+                model's context.
         """
+        check_texts(texts)
         prompts = [self.prompt(text) if text.strip() else None for text in texts]
         return self.prompt_probabilities(prompts, batch_size, progress)
 
@@ -245,13 +259,21 @@ class InstructionDetector:
         """`label_probabilities` after prompts as the model reads them; NaN where there is `None`."""
         if self.config.template.before:
             found = self.answer_prompts(prompts, batch_size=batch_size, progress=progress)
-            return np.array([answer.probabilities for answer in found]).reshape(len(prompts), -1)
+            return np.array([answer.probabilities for answer in found]).reshape(len(prompts), len(self.config.labels))
         heads, choices = self._choices("", self.config.template.lead)
         asked = {place: prompt for place, prompt in enumerate(prompts) if prompt is not None}
         usable, rows = list(asked), [[*self.encode_prompt(prompt), *heads] for prompt in asked.values()]
         result = np.full((len(prompts), len(self.config.labels)), np.nan)
         result[usable] = self._probabilities(rows, [choices] * len(rows), batch_size, progress)
         return result
+
+    @property
+    def room(self) -> int:
+        """How many tokens `prompt_probabilities` needs after a prompt."""
+        if self.config.template.before:
+            return ANSWER_TOKENS
+        heads, choices = self._choices("", self.config.template.lead)
+        return len(heads) + max(map(len, choices))
 
     def toxicity(self, probabilities: np.ndarray) -> np.ndarray:
         """How probable it is that a text is toxic, `[N]`, from `[N, L]` probabilities of the labels; NaN stays."""
@@ -295,6 +317,7 @@ class InstructionDetector:
 
     def answers(self, texts: Sequence[str], **how: Any) -> list[Answer]:
         """Have answers to texts written, as `answer_prompts` does; blank texts are not asked about, and unparsed."""
+        check_texts(texts)
         return self.answer_prompts([self.prompt(text) if text.strip() else None for text in texts], **how)
 
     def answer_prompts(
@@ -302,7 +325,7 @@ class InstructionDetector:
         prompts: Sequence[str | None],
         *,
         sampling: Sampling = GREEDY,
-        max_new_tokens: int = 200,
+        max_new_tokens: int = ANSWER_TOKENS,
         seed: int = 0,
         batch_size: int = 32,
         progress: bool = False,
@@ -332,16 +355,15 @@ class InstructionDetector:
             for start in range(0, len(order), batch_size):
                 places = order[start : start + batch_size]
                 written = generator.continue_batch([Prompt(asked[place]) for place in places])
-                weighed = self._weigh([asked[place] for place in places], [row[0] for row in written], batch_size)
+                firsts = [row[0] for row in written]
+                weighed = self._weigh([asked[place] for place in places], firsts, generator.ends, batch_size)
                 for place, answer in zip(places, weighed, strict=True):
                     found[place] = answer
                 bar.update(len(places))
         return found
 
-    def _weigh(self, prompts: list[str], written: list[Continuation], batch_size: int) -> list[Answer]:
+    def _weigh(self, prompts: list[str], written: list[Continuation], ends: set[int], batch_size: int) -> list[Answer]:
         """Parse answers, and ask the model for the probabilities of the labels where each answer has its own."""
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends) if isinstance(ends, list) else {ends}
         answers, rows, choices, places = [], [], [], []
         for place, (prompt, one) in enumerate(zip(prompts, written, strict=True)):
             parsed = self.config.template.parse(one.text, bool(one.token_ids) and one.token_ids[-1] in ends)

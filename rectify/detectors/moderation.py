@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args, overload
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.chat_template import PairForm, chat_pair_form
 from rectify.detectors.classifier import CONFIG_FILE, ToxicityClassifier
@@ -88,18 +88,20 @@ class ModerationConfig(DetectorConfig):
         """What the probability of each category must exceed, `[L]` float64.
 
         Args:
-            threshold: a number, or a name of `thresholds`; `None` for `tuned`, or `prediction` where nothing is tuned.
+            threshold: a number, also as a command line has it, or a name of `thresholds`; `None` for `tuned`, or
+                `prediction` where nothing is tuned.
 
         Raises:
             InvalidArgumentError: there is no such name, or a number is not from 0 to 1.
         """
         if threshold is None:
             threshold = TUNED if TUNED in self.thresholds else "prediction"
-        if isinstance(threshold, str) and threshold not in self.thresholds:
+        try:
+            value = self.thresholds[threshold] if threshold in self.thresholds else float(threshold)
+        except ValueError as error:
             raise InvalidArgumentError(
                 f"threshold is {threshold!r}: give a number from 0 to 1, or one of {', '.join(self.thresholds)}"
-            )
-        value = self.thresholds[threshold] if isinstance(threshold, str) else threshold
+            ) from error
         if isinstance(value, dict):
             if set(value) != set(self.labels):
                 raise InvalidArgumentError(f"threshold {threshold!r} is not of the categories: give one for each")
@@ -349,4 +351,6 @@ def _published_config(folder: Path) -> ModerationConfig:
             )
         names = list(CATEGORIES)
     positions = getattr(model.get_text_config(), "max_position_embeddings", None) or 512
-    return ModerationConfig(str(folder), labels=names, max_length=min(512, positions))
+    # the tokenizer keeps the longest length of the training
+    longest = AutoTokenizer.from_pretrained(folder).model_max_length
+    return ModerationConfig(str(folder), labels=names, max_length=min(512, positions, longest))

@@ -156,7 +156,7 @@ class Template:
             else:
                 label = value.strip()
                 label_start = end + len(value) - len(value.lstrip())
-                if last and not ended and "\n" not in value.lstrip():
+                if last and not ended:
                     return Parsed(None, Problem.TRUNCATED)
         if label not in self.labels:
             return Parsed(None, Problem.UNKNOWN_LABEL)

@@ -15,7 +15,7 @@ from rectify.errors import InvalidArgumentError
 from rectify.evaluation.cascade import GAIN_AT, Judged, cascade_figures, cascade_table
 from rectify.evaluation.cascade_plots import draw_curves
 from rectify.json_files import write_json, write_whole
-from rectify.scoring.cascade import calibrated, confidence, correct, toxicity_by
+from rectify.scoring.cascade import SCORES_FILE, calibrated, confidence, correct, toxicity_by
 from rectify.splits import Split, split_of
 from rectify.text_files import TEXT_COLUMN, LabelledText, one_a_file, read_labelled_texts
 from rectify.training.cascade_command import scorer_temperature
@@ -92,7 +92,8 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"texts: {len(held)} for validation, " + ", ".join(f"{len(some)} of {name}" for name, some in tests.items()))
     toxic = np.array([row.label >= 0.5 for row in rows])
     texts = [row.text for row in rows]
-    small, large = (toxicity_by(spec, texts, arguments.device) for spec in (arguments.small, arguments.large))
+    cache = arguments.output_dir / SCORES_FILE
+    small, large = (toxicity_by(spec, texts, cache, arguments.device) for spec in (arguments.small, arguments.large))
     cut = len(held)
     validation = Judged("validation", small[:cut], large[:cut], toxic[:cut])
     temperatures = (
@@ -103,7 +104,6 @@ def run(arguments: argparse.Namespace) -> None:
         **{"small": arguments.small, "large": arguments.large, "temperatures": temperatures, "validation_n": cut},
         "sources": {},
     }
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for name, some in tests.items():
         part = slice(cut, cut + len(some))
         judged = Judged(name, small[part], large[part], toxic[part])

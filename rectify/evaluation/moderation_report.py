@@ -52,19 +52,24 @@ def compare_moderations(
         TrajectoryError: the records cannot be used.
     """
     rows, categories = read_judged_pairs(records)
-    rows = [row for row in rows if any(part.strip() for part in row.pair)]
+    read, rows = len(rows), [row for row in rows if any(part.strip() for part in row.pair)]
+    if not rows:
+        raise InvalidArgumentError(f"records hold {read} pairs, all of them blank: give pairs with a text")
     harmful = np.array([row.labels for row in rows]) >= 0.5
     prompts, flags = [row.prompt for row in rows], np.asarray(harmful.any(-1))
     found: dict[str, Any] = {}
     decisions: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name, moderation in moderations.items():
+    thresholds: dict[str, np.ndarray] = {}
+    for name, moderation in moderations.items():  # all of them before the first is asked
         if set(moderation.config.labels) != set(categories):
             differing = min(set(moderation.config.labels) ^ set(categories))
             raise InvalidArgumentError(
                 f"moderations holds {name!r}, whose categories are not those of the records, as to {differing!r}: give "
                 "one that was trained on these"
             )
-        values = moderation.config.threshold_values(_number(threshold))
+        thresholds[name] = moderation.config.threshold_values(threshold)
+    for name, moderation in moderations.items():
+        values = thresholds[name]
         probabilities = moderation.label_probabilities(cast(Any, [row.pair for row in rows]), batch_size)
         truth = harmful[:, [categories.index(label) for label in moderation.config.labels]]
         decisions[name] = np.asarray((probabilities > values).any(-1)), probabilities.max(-1)
@@ -78,7 +83,7 @@ def compare_moderations(
     metrics = {
         "rule": f"flagged where a category is above its threshold, {threshold}",
         "intervals": {"coverage": 0.95, "seed": seed, "over": "prompts"},
-        "records": {"pairs": len(rows), "sha256": sha256_of([list(row) for row in rows])},
+        "records": {"pairs": len(rows), "blank": read - len(rows), "sha256": sha256_of([list(row) for row in rows])},
         "moderations": found,
     }
     if reference is not None:
@@ -129,9 +134,7 @@ def judge_answers(
             f"{', '.join(dict.fromkeys(record['model'] for record in records))}"
         )
     questions, answers = ([record[name] for record in records] for name in ("prompt", "response"))
-    predictions = moderation.predict(
-        questions, answers, batch_size=batch_size, threshold=_number(threshold), return_bool=True
-    )
+    predictions = moderation.predict(questions, answers, batch_size=batch_size, threshold=threshold, return_bool=True)
     records = [
         record | {"flagged": record["flagged"] | {OURS: prediction["flagged"]}}
         for record, prediction in zip(records, predictions, strict=True)
@@ -149,13 +152,6 @@ def judge_answers(
     else:
         logger.info("no plot is drawn without matplotlib: pip install 'rectify[plots]'")
     return agreement, _markdown("Judges", [_agreement_table(agreement)])
-
-
-def _number(threshold: float | str) -> float | str:
-    try:
-        return float(threshold)
-    except ValueError:
-        return threshold
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,13 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from rectify.detectors.cascade import escalated, predicted, two_labels
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.json_files import write_json
+from rectify.scoring.cache import CachedScorer, ScoreCache
 from rectify.scoring.scores import Scorer, Scores, check_attributes
+from rectify.scoring.streams import gathered
 
 CONFIG_FILE = "cascade_config.json"
+SCORES_FILE = "scores.sqlite"
 FORMAT_VERSION = 1
 ALL = float(np.nextafter(1, 2))
 """A threshold above every confidence."""
@@ -44,6 +48,8 @@ class CascadeConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        if np.isnan(self.threshold):
+            raise InvalidArgumentError(f"threshold is {self.threshold}: give a confidence from 0 to 1")
         self.threshold = float(np.clip(self.threshold, 0, ALL))  # JSON has no infinities
         for name in ("small_temperature", "large_temperature"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -101,20 +107,23 @@ def correct(toxicity: np.ndarray, toxic: np.ndarray) -> np.ndarray:
     return ~np.isnan(toxicity) & ((toxicity >= 0.5) == toxic)
 
 
-def toxicity_by(spec: str, texts: Sequence[str], device: str | None = None) -> np.ndarray:
+def toxicity_by(spec: str, texts: Sequence[str], cache: str | Path, device: str | None = None) -> np.ndarray:
     """What a scorer makes of texts, `[N]` float64, NaN where it has no score; it is in memory no longer than that.
 
     Args:
         spec: the scorer's name.
         texts: them.
+        cache: a `ScoreCache`'s file, from which a killed run goes on.
         device: where it runs, if that can be chosen.
 
     Raises:
         RectifyError: the scorer cannot be loaded, or cannot go on.
     """
-    scorer = load_part(spec, device)
-    values = scorer.score(texts)["TOXICITY"]
-    del scorer
+    with ScoreCache(cache) as known:
+        scorer = CachedScorer(load_part(spec, device), known)
+        stream = tqdm(scorer.score_stream(texts), desc=spec, total=len(texts), unit="text", disable=None)
+        values = gathered(stream, len(texts), ("TOXICITY",))["TOXICITY"]
+        del scorer, stream
     free_memory()
     return values
 

@@ -52,7 +52,7 @@ class ModerationScorer:
         self.name = f"moderation:{name}"
         self._moderation = QAModeration.from_pretrained(name, device=available_device(device))
         self._batch_size = batch_size
-        self._threshold = _number(threshold)
+        self._threshold = threshold
         config = self._moderation.config
         config.threshold_values(self._threshold)  # refused now, if there is none
         if MAXIMUM in config.labels:
@@ -86,7 +86,7 @@ class ModerationScorer:
 def _pair(text: str) -> Pair:
     try:
         value = json.loads(text) if text.startswith("[") else None
-    except ValueError:
+    except (ValueError, RecursionError):  # of brackets without end, which language models write
         value = None
     if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
         return Pair(*value)
@@ -96,11 +96,3 @@ def _pair(text: str) -> Pair:
 def _reason_against(text: str) -> Reason | None:
     pair = _pair(text)
     return reason_against(pair.answer) or (reason_against(pair.question) if pair.question.strip() else None)
-
-
-def _number(threshold: float | str | None) -> float | str | None:
-    """A threshold as it comes from a command line."""
-    try:
-        return threshold if threshold is None else float(threshold)
-    except ValueError:
-        return threshold

@@ -11,7 +11,15 @@ from rectify.command_line import Parser, execute, say
 from rectify.detectors.cascade import accuracy_cost, threshold_for_accuracy, threshold_for_budget
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.cascade_plots import draw_curves
-from rectify.scoring.cascade import CascadeConfig, calibrated, confidence, correct, log_odds, toxicity_by
+from rectify.scoring.cascade import (
+    SCORES_FILE,
+    CascadeConfig,
+    calibrated,
+    confidence,
+    correct,
+    log_odds,
+    toxicity_by,
+)
 from rectify.text_files import TEXT_COLUMN, read_labelled_texts
 from rectify.training.score_calibration import calibration_temperature
 
@@ -53,6 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         RectifyError: something that was given cannot be used.
     """
+    for name in ("budget", "target_accuracy", "threshold"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 <= value <= 1:
+            raise InvalidArgumentError(f"{name} is {value}: give a number from 0 to 1")
     rows = read_labelled_texts(
         arguments.validation_files, arguments.text_column, arguments.label_column, arguments.label_values
     )
@@ -62,7 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise InvalidArgumentError(f"validation_files hold {len(rows)} texts of one label: give both kinds")
     say(f"texts: {len(rows)} for validation, {truth.mean():.1%} of them toxic")
     texts = [row.text for row in rows]
-    scores = [toxicity_by(spec, texts, arguments.device) for spec in (arguments.small, arguments.large)]
+    cache = Path(arguments.output_dir) / SCORES_FILE
+    scores = [toxicity_by(spec, texts, cache, arguments.device) for spec in (arguments.small, arguments.large)]
     for spec, values in zip((arguments.small, arguments.large), scores, strict=True):
         if np.isnan(values).all():
             raise InvalidArgumentError(f"{spec!r} scores none of the validation texts: give another")

@@ -151,9 +151,8 @@ class _Stage:
         checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **given)
         set_seed(arguments.seed)
         model, detector = self._model(start)
-        data, held = (
-            EncodedRows(detector, part, name) for name, part in (("train", rows), ("validation", self.validation))
-        )
+        data = EncodedRows(detector, rows, "train")
+        held = EncodedRows(detector, self.validation, "validation", detector.room)
         held.items.sort(key=lambda item: -len(item["input_ids"]))  # batches of nearly equal length
         use_fast_attention(detector.model, arguments)
         trainer = AdapterTrainer(
@@ -168,7 +167,7 @@ class _Stage:
         results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
         results |= trainer.predict(cast(Any, held), metric_key_prefix="eval").metrics or {}
         detector.model.eval()
-        figures, temperature = self._validate(detector, arguments.eval_batch_size)
+        figures, temperature = _validate(detector, held.rows, arguments.eval_batch_size)
         detector.config.temperature = temperature
         record = {
             "rows": len(data),
@@ -178,7 +177,7 @@ class _Stage:
             "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
             "learning_rate": arguments.learning_rate,
             "seed": arguments.seed,
-            "validation": {"nll": results["eval_nll"], **figures},
+            "validation": {"nll": results["eval_nll"], **figures, "too_long": held.too_long},
         }
         detector.config.training = {**record, "lora_r": settings.lora_r, "lora_alpha": settings.lora_alpha}
         if trainer.is_world_process_zero():
@@ -197,32 +196,34 @@ class _Stage:
         # the model inside, as peft's own does not say that it takes positions
         return model, InstructionDetector(config, cast(PreTrainedModel, model.get_base_model()), tokenizer)
 
-    def _validate(self, detector: InstructionDetector, batch_size: int) -> tuple[dict[str, Any], float]:
-        """Figures of the validation rows' labels, and the temperature that calibrates them."""
-        labels = detector.config.labels
-        prompts = [_prompt(detector, row) for row in self.validation]
-        probabilities = detector.prompt_probabilities(prompts, batch_size)
-        truth = np.array([labels.index(row.label) for row in self.validation])
-        said, _ = predicted(probabilities)
-        known = said >= 0
-        figures: dict[str, Any] = {
-            "n": len(truth),
-            "unparsed": int((~known).sum()),
-            "accuracy": float((said == truth).mean()),
-            "f1_macro": float(
-                scikit_learn().f1_score(truth, said, labels=range(len(labels)), average="macro", zero_division=0.0)
-            ),
-        }
-        if not known.any():
-            return figures, 1.0
-        logits = np.log(probabilities[known].clip(1e-30))
-        temperature = calibration_temperature(logits, np.eye(len(labels))[truth[known]])
-        scaled = logits / temperature
-        after = np.exp(scaled - np.logaddexp.reduce(scaled, axis=-1, keepdims=True))
-        for name, values in (("ece", probabilities[known]), ("ece_calibrated", after)):
-            right = values.argmax(-1) == truth[known]
-            figures[name] = expected_calibration_error(values.max(-1).clip(0, 1), right)
-        return figures, temperature
+
+def _validate(
+    detector: InstructionDetector, rows: Sequence[InstructionRow], batch_size: int
+) -> tuple[dict[str, Any], float]:
+    """Figures of the rows' labels, and the temperature that calibrates them."""
+    labels = detector.config.labels
+    probabilities = detector.prompt_probabilities([_prompt(detector, row) for row in rows], batch_size)
+    truth = np.array([labels.index(row.label) for row in rows])
+    said, _ = predicted(probabilities)
+    known = said >= 0
+    figures: dict[str, Any] = {
+        "n": len(truth),
+        "unparsed": int((~known).sum()),
+        "accuracy": float((said == truth).mean()),
+        "f1_macro": float(
+            scikit_learn().f1_score(truth, said, labels=range(len(labels)), average="macro", zero_division=0.0)
+        ),
+    }
+    if not known.any():
+        return figures, 1.0
+    logits = np.log(probabilities[known].clip(1e-30))
+    temperature = calibration_temperature(logits, np.eye(len(labels))[truth[known]])
+    scaled = logits / temperature
+    after = np.exp(scaled - np.logaddexp.reduce(scaled, axis=-1, keepdims=True))
+    for name, values in (("ece", probabilities[known]), ("ece_calibrated", after)):
+        right = values.argmax(-1) == truth[known]
+        figures[name] = expected_calibration_error(values.max(-1).clip(0, 1), right)
+    return figures, temperature
 
 
 def _prompt(detector: InstructionDetector, row: InstructionRow) -> str:
@@ -232,21 +233,34 @@ def _prompt(detector: InstructionDetector, row: InstructionRow) -> str:
 class EncodedRows(Dataset):
     """Token ids of questions, answers and end tokens, the last two to be learnt; what exceeds the context is left out.
 
+    Args:
+        detector: whose questions they are.
+        rows: them.
+        name: what a message calls them.
+        room: tokens that the context is to hold after a question, be the answer shorter.
+
+    Attributes:
+        items: what the model reads.
+        rows: those that are not left out.
+        too_long: how many are.
+
     Raises:
         InvalidArgumentError: no row is left.
     """
 
-    def __init__(self, detector: InstructionDetector, rows: Sequence[InstructionRow], name: str) -> None:
+    def __init__(self, detector: InstructionDetector, rows: Sequence[InstructionRow], name: str, room: int = 0) -> None:
         context = getattr(detector.model.config.get_text_config(), "max_position_embeddings", None)
         end = cast(int | None, detector.tokenizer.eos_token_id)
         self.items: list[dict[str, Any]] = []
+        self.rows: list[InstructionRow] = []
         self.too_long = 0
         for row in rows:
             asked = detector.encode_prompt(_prompt(detector, row))
             answer = [*detector.encode_answer(row.answer), *([] if end is None else [end])]
-            if context is not None and len(asked) + len(answer) > context:
+            if context is not None and len(asked) + max(len(answer), room) > context:
                 self.too_long += 1
             else:
+                self.rows.append(row)
                 labels = [*[LEFT_OUT] * len(asked), *answer]
                 self.items.append({"input_ids": [*asked, *answer], "labels": labels})
         if not self.items:

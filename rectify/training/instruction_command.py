@@ -8,11 +8,18 @@ from typing import Any
 from transformers import TrainingArguments
 
 from rectify.command_line import DataclassParser, execute, say
+from rectify.errors import InvalidArgumentError
 from rectify.splits import split_by_hash
 from rectify.text_files import TEXT_COLUMN, one_a_file
 from rectify.training.detector_command import DEFAULTS
 from rectify.training.instruction import InstructionSettings, train_instruction
-from rectify.training.instruction_rows import Read, read_instruction_rows, with_instruction
+from rectify.training.instruction_rows import (
+    Read,
+    asked_otherwise,
+    read_instruction_rows,
+    with_instruction,
+    without_texts_of,
+)
 
 
 @dataclass
@@ -80,10 +87,18 @@ def run(arguments: tuple[InstructionSettings, InstructionFiles, TrainingArgument
             say(f"{kind}: {parts[kind]}")
     if settings.prompt is None:
         template = with_instruction(template, set().union(*(part.instructions for part in parts.values())))
-    train, held = parts["train"].rows, parts["validation"].rows
+    train, rationales, held = (parts[kind].rows for kind in ("train", "rationale", "validation"))
     if not files.validation_files:
         train, held = split_by_hash(train, files.validation_share, lambda row: row.text)
-    records = train_instruction(settings, training, template, train, held, parts["rationale"].rows)
+    known = len(train) + len(rationales)
+    train, rationales = (without_texts_of(some, held) for some in (train, rationales))
+    if left_out := known - len(train) - len(rationales):
+        say(f"validation: {len(held)} rows; {left_out} train and rationale rows with their texts left out")
+    if files.rationale_files and not rationales:
+        raise InvalidArgumentError(f"rationale_files is {files.rationale_files}: no row of them is left, give others")
+    if others := asked_otherwise([*train, *rationales, *held], template):
+        say(f"questions: {others} rows have another than the detector will ask: give --prompt to have it ask theirs")
+    records = train_instruction(settings, training, template, train, held, rationales)
     for stage, record in records.items():
         figures = ", ".join(f"{name} {value:.4g}" for name, value in record["validation"].items())
         cut = f", {record['too_long']} too long ones left out" if record["too_long"] else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from rectify.detectors.templates import TEXT, Template
 from rectify.errors import InvalidArgumentError, TrajectoryError
-from rectify.text_files import named_rows, read_rows
+from rectify.text_files import check_unicode, named_rows, read_rows
 
 ALPACA = ("instruction", "output")
 
@@ -121,12 +121,14 @@ def parse_names(label_classes: str, template: Template) -> dict[str, str]:
 
 def _add_alpaca(found: Read, path: str | Path, template: Template) -> None:
     for place, row in read_rows(Path(path)):
-        record = {**dict.fromkeys(("instruction", "input", "output"), ""), **(row if isinstance(row, dict) else {})}
-        instruction, text, output = (str(record[name]).strip() for name in ("instruction", "input", "output"))
+        record = row if isinstance(row, dict) else {}
+        values = (record.get(name) for name in ("instruction", "input", "output"))
+        instruction, text, output = ("" if value is None else str(value).strip() for value in values)
         if not instruction or not output:
             raise TrajectoryError(f"{place}: no instruction and output: give an Alpaca record")
         found.instructions.add(instruction)
-        _add_answer(found, f"{instruction}\n{text}" if text else instruction, text or instruction, output, template)
+        question = f"{instruction}\n{text}" if text else instruction
+        _add_answer(found, place, question, text or instruction, output, template)
 
 
 def _add_ready(found: Read, path: str | Path, column: str, marker: str, template: Template) -> None:
@@ -135,10 +137,11 @@ def _add_ready(found: Read, path: str | Path, column: str, marker: str, template
         if not isinstance(whole, str) or marker not in whole:
             raise TrajectoryError(f"{place}: no {marker!r} in {column}: give the answer_marker of this file")
         question, _, answer = whole.partition(marker)
-        _add_answer(found, f"{question}{marker}\n", question, answer.strip(), template)
+        _add_answer(found, place, f"{question}{marker}\n", question, answer.strip(), template)
 
 
-def _add_answer(found: Read, question: str, text: str, answer: str, template: Template) -> None:
+def _add_answer(found: Read, place: str, question: str, text: str, answer: str, template: Template) -> None:
+    check_unicode(f"{question} {text} {answer}", place)
     label = template.parse(answer).label
     if label is None:
         found.unparsed += 1
@@ -147,13 +150,27 @@ def _add_answer(found: Read, question: str, text: str, answer: str, template: Te
 
 
 def _add_table(found: Read, rows: Iterator[tuple[str, dict[str, Any], str, str]], template: Template) -> None:
-    for _, row, text, label in rows:
+    for place, row, text, label in rows:
         if not text.strip():
             found.blank += 1
         elif not label:
             found.unlabelled += 1
         else:
-            found.rows.append(InstructionRow("", text, template.write(label, fields_of(row, template)), label))
+            # a field may hold what the parser looks for, as a rationale that ends with its label does
+            _add_answer(found, place, "", text, template.write(label, fields_of(row, template)), template)
+
+
+def asked_otherwise(rows: Iterable[InstructionRow], template: Template) -> int:
+    """How many rows have a question of their own that is not the template's."""
+    before, _, after = template.prompt.partition(TEXT)
+    own = (row.question for row in rows if row.question)
+    return sum(not (question.startswith(before) and question.endswith(after)) for question in own)
+
+
+def without_texts_of(rows: Sequence[InstructionRow], others: Sequence[InstructionRow]) -> list[InstructionRow]:
+    """The rows whose text none of the others has."""
+    taken = {row.text.strip() for row in others}
+    return [row for row in rows if row.text.strip() not in taken]
 
 
 def fields_of(row: Mapping[str, Any], template: Template) -> dict[str, str]:

@@ -14,7 +14,7 @@ from rectify.detectors.moderation import CATEGORIES, TUNED, Pair, QAModeration, 
 from rectify.errors import RectifyError, TrajectoryError, first_line
 from rectify.evaluation.moderation import flagged_figures, moderation_figures, tuned_thresholds
 from rectify.splits import split_by_hash
-from rectify.text_files import read_rows
+from rectify.text_files import check_unicode, read_rows
 from rectify.training.detector import DetectorSettings, train_detector
 
 _FORM = 'give records {"prompt": "…", "response": "…", "category": {"name": true, …}}'
@@ -156,6 +156,7 @@ def _judged(record: Any, place: str) -> tuple[Pair, dict[str, float]]:
     for name, text in (("prompt", question), ("response", answer)):
         if not isinstance(text, str):
             raise TrajectoryError(f"{place}: {name} is {text!r}, where a text should be: give a string")
+        check_unicode(text, place)
     if not isinstance(category, dict) or not category:
         raise TrajectoryError(f"{place}: category is {category!r}: {_FORM}")
     for name, value in category.items():
