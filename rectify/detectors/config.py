@@ -75,9 +75,9 @@ class DetectorConfig:
 
 
 def _interpolate(values: Tensor, knots: list[list[float]]) -> Tensor:
-    """`numpy.interp` on any device: a piecewise linear map through the knots, constant outside them."""
+    """`numpy.interp` on any device: a piecewise linear map through the knots, constant outside them; NaN stays."""
     across, up = torch.tensor(knots, device=values.device)
     place = (torch.searchsorted(across, values.contiguous(), right=True) - 1).clamp(0, len(across) - 2)
     width = across[place + 1] - across[place]
     share = torch.where(width > 0, (values - across[place]) / width, 1.0).clamp(0, 1)
-    return up[place] + share * (up[place + 1] - up[place])
+    return torch.where(values.isnan(), values, up[place] + share * (up[place + 1] - up[place]))
