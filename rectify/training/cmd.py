@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, TaskType
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
