@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, TaskType
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
@@ -134,7 +134,7 @@ def train_chains(
         eval_dataset=held,
         data_collator=collate,
         compute_metrics=nats_a_token,
-        callbacks=[_Steps(learning), *callbacks],
+        callbacks=[_Steps(), *callbacks],
     )
     results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     results |= trainer.predict(cast(Any, held), metric_key_prefix="eval").metrics or {}
@@ -320,17 +320,19 @@ class ChainTrainer(AdapterTrainer):
 class _Steps(TrainerCallback, ExportableState):
     """Tells a `ChainLearning` the optimiser's step, and keeps what it has counted in checkpoints."""
 
-    def __init__(self, learning: ChainLearning) -> None:
-        self._learning = learning
+    _learning: ChainLearning | None = None
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"counts": self._learning.counts}}
+        counts = {} if self._learning is None else self._learning.counts
+        return {"args": {}, "attributes": {"counts": counts}}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._learning.counts = dict(state.stateful_callbacks[type(self).__name__]["attributes"]["counts"])
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        self._learning = cast(ChainLearning, getattr(model, "module", model))
+        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self._learning.counts |= kept.get("counts", {})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._learning.step = state.global_step
+        cast(ChainLearning, self._learning).step = state.global_step
 
 
 def active_shares(active: int, examples: int, active_toxic: int, toxic: int) -> dict[str, float]:
