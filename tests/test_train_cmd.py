@@ -158,8 +158,10 @@ def test_a_long_chain_is_left_out_and_counted(base):
     _, tokenizer = load_base(str(base))
     data = EncodedChains(tokenizer, EXAMPLES, 60, 4, "examples")
     assert (len(data), data.too_long) == (1, 4)
-    with pytest.raises(InvalidArgumentError, match="none of 5 chains has at most 9 tokens"):
+    with pytest.raises(InvalidArgumentError, match="none of 5 chains has at most 9 tokens: raise max_length"):
         EncodedChains(tokenizer, EXAMPLES, 9, 4, "examples")
+    with pytest.raises(InvalidArgumentError, match="none of 0 chains has at most 9 tokens: build with more prompts"):
+        EncodedChains(tokenizer, [], 9, 4, "examples")
 
 
 # --- one step

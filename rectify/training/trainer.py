@@ -56,9 +56,10 @@ class ModelTraining(nn.Module):
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
         """Called by the Trainer for `--gradient_checkpointing`."""
-        model = next(module for module in self.modules() if isinstance(module, PreTrainedModel))
-        model.gradient_checkpointing_enable(**settings)
-        model.enable_input_require_grads()  # what is before an adapter is frozen, and has no gradient
+        model = next((module for module in self.modules() if isinstance(module, PreTrainedModel)), None)
+        if model is not None:  # the trunk that a Q network shares is no part of it, and not trained
+            model.gradient_checkpointing_enable(**settings)
+            model.enable_input_require_grads()  # what is before an adapter is frozen, and has no gradient
 
 
 def use_fast_attention(model: PreTrainedModel, arguments: TrainingArguments) -> None:
