@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rectify.detectors.backbone import Quantization
 from rectify.errors import InvalidArgumentError
+from rectify.json_files import check_format_version
 
 FORMAT_VERSION = 1
 
@@ -57,10 +58,7 @@ class DetectorConfig:
         for label, how in self.calibration.items():
             if isinstance(how, int | float) and not 0 < how < float("inf"):
                 raise InvalidArgumentError(f"calibration of {label!r} is {how}: give a temperature above 0")
-        if self.format_version > FORMAT_VERSION:
-            raise InvalidArgumentError(
-                f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
-            )
+        check_format_version(self.format_version, FORMAT_VERSION)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The calibrated probabilities of logits, `[..., L]` of any float dtype to `[..., L]` float32 in [0, 1]."""

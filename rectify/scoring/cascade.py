@@ -14,7 +14,7 @@ import torch
 
 from rectify.detectors.cascade import escalated, predicted, two_labels
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
-from rectify.json_files import write_json
+from rectify.json_files import check_format_version, write_json
 from rectify.scoring.scores import Scorer, Scores, check_attributes
 
 CONFIG_FILE = "cascade_config.json"
@@ -48,10 +48,7 @@ class CascadeConfig:
         for name in ("small_temperature", "large_temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)}: give a number above 0")
-        if self.format_version > FORMAT_VERSION:
-            raise InvalidArgumentError(
-                f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
-            )
+        check_format_version(self.format_version, FORMAT_VERSION)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> CascadeConfig:

@@ -68,8 +68,10 @@ class EncodedChains(Dataset):
                 }
             )
         if not self.items:
-            remedy = "raise max_length, or give shorter prompts" if examples else "build with more prompts for this part"
-            raise InvalidArgumentError(f"{name}: none of {len(examples)} chains has at most {max_length} tokens: {remedy}")
+            remedy = "raise max_length, or give shorter prompts" if examples else "build with more prompts"
+            raise InvalidArgumentError(
+                f"{name}: none of {len(examples)} chains has at most {max_length} tokens: {remedy}"
+            )
 
     def __len__(self) -> int:
         return len(self.items)
