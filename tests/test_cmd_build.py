@@ -358,6 +358,12 @@ def test_the_command(flags, tmp_path, capsys):
     assert contents(tmp_path) == whole
 
 
+def test_the_scorer_runs_on_the_device_too(flags, tmp_path):
+    more = ["--stages", "prompts", "--scorer", "detector:pocket-reward", "--device", "meta"]
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):  # which computes nothing
+        main(["build", "cmd", *flags, *more, "--output_dir", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "said"),
     [

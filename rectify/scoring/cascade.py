@@ -117,7 +117,7 @@ def toxicity_by(spec: str, texts: Sequence[str], device: str | None = None) -> n
 
 
 def load_part(spec: str, device: str | None) -> Scorer:
-    """A scorer of a cascade, on a device where it can be told one.
+    """The scorer of a name, as of a cascade's parts, on a device where it can be told one.
 
     Raises:
         RectifyError: it cannot be loaded.
