@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.adapters import load_adapter
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, VocabularyMismatchError, first_line
+from rectify.errors import CheckpointError, RectifyError, VocabularyMismatchError, first_line
 from rectify.hub import model_place
-from rectify.json_files import write_json
+from rectify.json_files import check_format_version, write_json
 from rectify.vocabulary import Fingerprint
 
 FORMAT_VERSION = 1
@@ -48,10 +48,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if isinstance(self.vocabulary, dict):
             self.vocabulary = Fingerprint(**self.vocabulary)
-        if self.format_version > FORMAT_VERSION:
-            raise InvalidArgumentError(
-                f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
-            )
+        check_format_version(self.format_version, FORMAT_VERSION)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Self:

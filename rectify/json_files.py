@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from rectify.errors import InvalidArgumentError
+
 
 def write_records(path: Path, records: Iterable[dict[str, Any]], mode: Literal["a", "w"]) -> None:
     """Append JSON lines to a file, or write them over it; on disk before this returns."""
@@ -56,3 +58,13 @@ def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_format_version(version: int, known: int) -> None:
+    """Refuse files that a later version of this package has written.
+
+    Raises:
+        InvalidArgumentError: their version is above the one that is known.
+    """
+    if version > known:
+        raise InvalidArgumentError(f"format_version is {version}, above {known}: update rectify to read it")

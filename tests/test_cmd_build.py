@@ -11,7 +11,7 @@ from commands import run_command
 from rectify.builders.cmd import STAGES, CmdBuild, CmdTools, contrast
 from rectify.builders.cmd_records import ChainExample, ScoredContinuations, ScoredPrompt, read_records, to_json
 from rectify.builders.cmd_settings import CmdSettings
-from rectify.builders.cmd_stages import chain_example
+from rectify.builders.cmd_stages import chain_example, find_spans, mask, score_prompts
 from rectify.builders.masking import MASK
 from rectify.cli import main
 from rectify.detectors.span_decoding import Span
@@ -181,6 +181,27 @@ def test_resumed_after_a_scorer_has_failed(built, make, tmp_path):
     assert contents(tmp_path) == contents(built[0])
 
 
+def test_a_stage_with_nothing_left_is_counted(make, tmp_path):
+    build = make(tmp_path, texts=[f"t10 {WORSE}"])
+    counts = build.run(STAGES[:-1])
+    assert [(one.read, one.kept, one.dropped) for one in counts[2:4]] == [(1, 0, {"hopeless": 1}), (0, 0, {})]
+    with pytest.raises(InvalidArgumentError, match="none of 0 examples has a toxic continuation to shun"):
+        build.run(["examples"])
+
+
+def test_a_text_at_the_limit_is_not_toxic_with_nothing_masked():
+    """Scored in another batch it may be below, and the detector finds nothing."""
+    prompts = find_spans(score_prompts(["t20 t21"], lambda texts: np.full(len(texts), 0.4999999)), find)
+    assert prompts[0].toxic
+    [masked] = mask(prompts, find, lambda texts: np.full(len(texts), 0.4999999))
+    assert (masked.toxic, masked.masked, masked.dropped) == (False, None, None)
+
+
+def test_a_prompt_without_room_for_a_continuation_is_dropped_and_counted(make, tmp_path):
+    counts = make(tmp_path, texts=["t1 " * 600, "t2 t3"], n=2).run(STAGES[:5])
+    assert (counts[-1].kept, counts[-1].dropped) == (1, {"too long": 1})
+
+
 def test_a_stage_waits_for_the_one_before(make, built, tmp_path):
     with pytest.raises(InvalidArgumentError, match=r"holds no prompts\.jsonl: run prompts first"):
         make(tmp_path).run(["spans"])
@@ -335,6 +356,12 @@ def test_the_command(flags, tmp_path, capsys):
     code, _, err = run_command(main, capsys, "build", "cmd", *flags, "--output_dir", tmp_path)
     assert code == 0, err
     assert contents(tmp_path) == whole
+
+
+def test_the_scorer_runs_on_the_device_too(flags, tmp_path):
+    more = ["--stages", "prompts", "--scorer", "detector:pocket-reward", "--device", "meta"]
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):  # which computes nothing
+        main(["build", "cmd", *flags, *more, "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

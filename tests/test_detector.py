@@ -362,9 +362,9 @@ def test_calibration_bends_the_probabilities_of_its_label(make_classifier):
     assert (after[:, 0] == before[:, 0]).all()
     assert after[:, 1] == pytest.approx(np.interp(before[:, 1], *knots))
     assert after[:, 2] == pytest.approx(1 / (1 + np.exp(-np.log(before[:, 2] / (1 - before[:, 2])) / 2)))
-    logits = torch.tensor([[-200.0] * 3, [0.0] * 3, [200.0] * 3])
+    logits = torch.tensor([[-200.0] * 3, [0.0] * 3, [200.0] * 3, [torch.nan] * 3])
     assert classifier.config.probabilities(logits).numpy() == pytest.approx(
-        np.array([[0, 0.1, 0], [0.5, 0.2, 0.5], [1, 1, 1]])
+        np.array([[0, 0.1, 0], [0.5, 0.2, 0.5], [1, 1, 1], [np.nan] * 3]), nan_ok=True
     )
     with pytest.raises(InvalidArgumentError, match="calibration of 'toxic' is 0: give a temperature"):
         DetectorConfig("pocket", calibration={"toxic": 0})

@@ -19,6 +19,7 @@ from rectify.detectors.gated import GatedConfig
 from rectify.scoring.load import load_scorer
 from rectify.sentence_encoder import SentenceEncoder
 from rectify.training.gate import GateSettings, gate_figures, source_weights, train_gate
+from rectify.training.resumable_array import ResumableArray
 
 TEXTS = ["t5 t6 t2", "", "t7", "t8 t9 t10 t2 t2 " * 8, " \n", "t5 t6", "t2 t2"]
 READABLE = [index for index, text in enumerate(TEXTS) if text.strip()]
@@ -294,6 +295,18 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(adapters, backbone
     assert configs[0] == configs[1]
     with pytest.raises(InvalidArgumentError, match="finished"):
         train_gate(wanted, arguments(tmp_path), *rows)
+
+
+def test_an_array_that_was_begun_anew_is_not_taken_for_the_former_one(tmp_path):
+    file = tmp_path / "values.work"
+    former = ResumableArray(file, (4, 2), np.float32, encoder="a")
+    former.values[:2] = 1
+    former.save(1)
+    ResumableArray(file, (4, 2), np.float32, encoder="b")  # killed before its first step
+    again = ResumableArray(file, (4, 2), np.float32, encoder="a")
+    assert again.done == 0
+    again.save(2)
+    assert ResumableArray(file, (4, 2), np.float32, encoder="a").done == 2
 
 
 class Seen(TrainerCallback):

@@ -79,6 +79,19 @@ def test_spans_are_written_in_the_text_as_it_is(tmp_path):
     assert [row.text for row in read_annotated_texts([tmp_path / "s.jsonl"])] == TEXTS
 
 
+def test_words_keep_the_marks_of_their_last_character(tmp_path):
+    scorer = Words()
+    label_spans(["an idiote\u0301!", "हिन्दी"], scorer, tmp_path / "spans.jsonl")
+    assert scorer.seen == ["an", "an idiote\u0301", "idiote\u0301", "हिन्दी"]
+    [first, _] = read_annotated_texts([tmp_path / "spans.jsonl"])
+    assert first.spans == ((3, 10),)
+
+
+def test_no_texts_make_an_empty_file(tmp_path):
+    assert label_spans([], Words(), tmp_path / "spans.jsonl").texts == 0
+    assert (tmp_path / "spans.jsonl").read_bytes() == b""
+
+
 def test_tokens_are_taken_in_pairs_as_published(tmp_path):
     class Pieces(Words):
         @staticmethod

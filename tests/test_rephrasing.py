@@ -156,6 +156,15 @@ def test_the_reward_decides_too(filler):
     assert word not in found.split()
 
 
+def test_a_text_that_is_too_long_is_not_filled(filler, model):
+    one = filler()
+    longest = model.config.max_position_embeddings
+    before, after = (f"t1 {'t2 ' * longest}{MASK} t3", f"t1 {MASK} t3 {'t2 ' * longest}")
+    found = one.fill([before, MASKED[0], f"{MASK} {before}", after], 0)
+    assert [text is None for text in found] == [True, False, True, False]
+    assert found[1] == one.fill(MASKED[:1], 0)[0]
+
+
 def test_words_are_drawn_under_the_method(filler, run_place):
     """A table of risks under which nothing but some words may be drawn."""
     method = Static(path=str(run_place / "static"), rule="mask", threshold=0.5)
@@ -188,6 +197,9 @@ def test_an_encoder_decoder_fills_every_text_in_batches():
     assert filler.fill(masked, 0) == found
     assert filler.fill(masked, 1) != found
     assert all(text is None or len(text.split()) <= 12 for text in found)
+    assert [filler.fill([text], 0)[0] for text in masked] == found
+    assert filler.fill(["t1 " * 70 + MASK, masked[0], "t1 " * 58 + MASK], 0) == [None, found[0], None]
+    assert filler.fill([], 0) == []
     tokenizer.mask_token = None
     with pytest.raises(InvalidArgumentError, match="without a mask token"):
         Seq2SeqFiller(model, tokenizer, "tiny")

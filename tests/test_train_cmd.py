@@ -158,8 +158,10 @@ def test_a_long_chain_is_left_out_and_counted(base):
     _, tokenizer = load_base(str(base))
     data = EncodedChains(tokenizer, EXAMPLES, 60, 4, "examples")
     assert (len(data), data.too_long) == (1, 4)
-    with pytest.raises(InvalidArgumentError, match="none of 5 chains has at most 9 tokens"):
+    with pytest.raises(InvalidArgumentError, match="none of 5 chains has at most 9 tokens: raise max_length"):
         EncodedChains(tokenizer, EXAMPLES, 9, 4, "examples")
+    with pytest.raises(InvalidArgumentError, match="none of 0 chains has at most 9 tokens: build with more prompts"):
+        EncodedChains(tokenizer, [], 9, 4, "examples")
 
 
 # --- one step
@@ -275,6 +277,28 @@ def test_resumed_is_uninterrupted(trained, settings, tmp_path):
     assert again.training["nll"] == config.training["nll"]
     with pytest.raises(InvalidArgumentError, match="holds a finished training"):
         train_chains(settings(), arguments(tmp_path), EXAMPLES, EXAMPLES[:3])
+
+
+def test_a_resumed_training_has_counted_all_its_examples(trained, settings, tmp_path):
+    """Also those between the last entry of the log and the checkpoint."""
+    _, config, _ = trained
+    with pytest.raises(KeyboardInterrupt):
+        train_chains(settings(), arguments(tmp_path, logging_steps=4), EXAMPLES, EXAMPLES[:3], [Stop()])
+    again = train_chains(settings(), arguments(tmp_path, logging_steps=4), EXAMPLES, EXAMPLES[:3])
+    assert again.training == config.training
+
+
+def test_gradient_checkpointing_changes_nothing(learning):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        model, data = learning(lora_dropout=0.0)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()(**collate(data.items[:2]))["loss"].backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 def test_what_is_saved_is_what_was_trained(trained, base):

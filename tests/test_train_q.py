@@ -208,6 +208,15 @@ def test_a_head_is_trained_on_the_models_own_states(folder):
     assert json.loads((folder / "q" / "all_results.json").read_text())["eval_auc_100"] > 0.9
 
 
+@pytest.mark.parametrize("flags", [("--lora_r", "2"), ("--trunk", "shared")])
+def test_gradient_checkpointing_changes_nothing(folder, flags):
+    for output, checkpointing in (("plain", "false"), ("checkpointed", "true")):
+        assert run(folder, output, "--gradient_checkpointing", checkpointing, "--max_steps", "2", *flags) == 0
+    plain, checkpointed = (load_file(folder / name / "head.safetensors") for name in ("plain", "checkpointed"))
+    for name, weight in plain.items():
+        torch.testing.assert_close(checkpointed[name], weight, msg=name)
+
+
 def test_cached_states_are_those_of_the_trunk_and_go_on_after_a_kill(folder, make_model, make_tokenizer, spy):
     network = DeadEndQNetwork.from_trunk(make_model("gpt2"), shared=True)
     trajectories = TrajectoryDataset(read_trajectories([folder / "train.jsonl"]), make_tokenizer(), 64)

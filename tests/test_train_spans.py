@@ -112,6 +112,16 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(trunks, tmp_path, lora
         train_spans(chosen, arguments(tmp_path / "cut", **how), TRAIN, HELD)
 
 
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_gradient_checkpointing_changes_nothing(trunks, tmp_path, lora_r):
+    found = []
+    for checkpointing in (False, True):
+        how = arguments(tmp_path / str(checkpointing), max_steps=2, gradient_checkpointing=checkpointing)
+        found.append(train_spans(settings(trunks, lora_r=lora_r), how, TRAIN[:32], HELD[:4]).state_dict())
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, msg=name)
+
+
 def test_labels_are_those_of_the_texts_own_tokens(trunks):
     detector = SpanDetector.from_backbone(trunks["encoder"], max_length=10, overlap=2)
     data = LabelledWindows(

@@ -141,9 +141,9 @@ def _tools(arguments: argparse.Namespace, settings: CmdSettings) -> CmdTools:
     # each is imported and loaded by the stage that needs it
     @cache
     def scorer() -> Any:
-        from rectify.scoring.load import load_scorer
+        from rectify.scoring.cascade import load_part
 
-        return load_scorer(arguments.scorer)
+        return load_part(arguments.scorer, arguments.device)
 
     @cache
     def find() -> Any:

@@ -87,7 +87,9 @@ def mask(prompts: Sequence[SpannedPrompt], find: Find, score: Score) -> list[Mas
             one = next(masked)
             given["spans"] = [[*map(float, span)] for span in one.spans]
             given["dropped"] = None if one.outcome is Outcome.SAFE else str(one.outcome)
-            records.append(MaskedPrompt(**given, masked=one.text))
+            # at the very limit it may score below it now, with nothing masked: a chain could call nothing toxic
+            given["toxic"] = bool(one.spans) or one.outcome is not Outcome.SAFE
+            records.append(MaskedPrompt(**given, masked=one.text if given["toxic"] else None))
         else:
             records.append(MaskedPrompt(**given, masked=None))
     return records
@@ -137,13 +139,12 @@ def rephrase_prompts(
 def add_continuations(
     prompts: Sequence[RephrasedPrompt], continuations: Sequence[Sequence[str]]
 ) -> list[ContinuedPrompt]:
-    """Safe prompts with their continuations; one with none but blank ones is dropped."""
-    return [
-        ContinuedPrompt(
-            **asdict(prompt) | {"dropped": None if any(map(str.strip, texts)) else "blank"}, continuations=list(texts)
-        )
-        for prompt, texts in zip(prompts, continuations, strict=True)
-    ]
+    """Safe prompts with their continuations; one that had no room for any, or has none but blank ones, is dropped."""
+    records = []
+    for prompt, texts in zip(prompts, continuations, strict=True):
+        dropped = None if any(map(str.strip, texts)) else "blank" if texts else "too long"
+        records.append(ContinuedPrompt(**asdict(prompt) | {"dropped": dropped}, continuations=list(texts)))
+    return records
 
 
 def score_continuations(prompts: Sequence[ContinuedPrompt], score: Score) -> list[ScoredContinuations]:

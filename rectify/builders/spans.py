@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rectify.builders.selection import TOXIC
-from rectify.detectors.span_decoding import encode_windows, spans_of
+from rectify.detectors.span_decoding import encode_windows, spans_of, whole_characters
 from rectify.errors import InvalidArgumentError
 from rectify.generation.output import GenerationFile
 from rectify.json_files import sha256_of
@@ -82,11 +81,7 @@ def label_spans(
         "texts": sha256_of(list(texts)),
     }
     file = GenerationFile(output, settings)
-    with tqdm(total=len(texts), initial=file.done, unit="text", disable=None) as progress:
-        while file.done < len(texts):
-            some = texts[file.done : file.done + _TEXTS]
-            file.append(_records(some, scorer, _units(some, tokenizer)))
-            progress.update(len(some))
+    file.complete(list(texts), _TEXTS, lambda some, _: _records(some, scorer, _units(some, tokenizer)), "spans")
     return _counted(file.path)
 
 
@@ -115,7 +110,7 @@ def toxic_units(scores: np.ndarray) -> np.ndarray:
 def _units(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> list[np.ndarray]:
     """The words of each text, or its tokens: `[n, 2]` begin and end."""
     if tokenizer is None:
-        rows = [[found.span() for found in _WORD.finditer(text)] for text in texts]
+        rows = [[whole_characters(text, *found.span()) for found in _WORD.finditer(text)] for text in texts]
         return [np.array(row, np.int64).reshape(-1, 2) for row in rows]
     offsets = encode_windows(tokenizer, texts, _LONGEST, 0).offsets
     return [row[row[:, 0] < row[:, 1]] for row in offsets]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rectify.detectors.backbone import Quantization
 from rectify.errors import InvalidArgumentError
+from rectify.json_files import check_format_version
 
 FORMAT_VERSION = 1
 
@@ -57,10 +58,7 @@ class DetectorConfig:
         for label, how in self.calibration.items():
             if isinstance(how, int | float) and not 0 < how < float("inf"):
                 raise InvalidArgumentError(f"calibration of {label!r} is {how}: give a temperature above 0")
-        if self.format_version > FORMAT_VERSION:
-            raise InvalidArgumentError(
-                f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
-            )
+        check_format_version(self.format_version, FORMAT_VERSION)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The calibrated probabilities of logits, `[..., L]` of any float dtype to `[..., L]` float32 in [0, 1]."""
@@ -75,9 +73,9 @@ class DetectorConfig:
 
 
 def _interpolate(values: Tensor, knots: list[list[float]]) -> Tensor:
-    """`numpy.interp` on any device: a piecewise linear map through the knots, constant outside them."""
+    """`numpy.interp` on any device: a piecewise linear map through the knots, constant outside them; NaN stays."""
     across, up = torch.tensor(knots, device=values.device)
     place = (torch.searchsorted(across, values.contiguous(), right=True) - 1).clamp(0, len(across) - 2)
     width = across[place + 1] - across[place]
     share = torch.where(width > 0, (values - across[place]) / width, 1.0).clamp(0, 1)
-    return up[place] + share * (up[place + 1] - up[place])
+    return torch.where(values.isnan(), values, up[place] + share * (up[place + 1] - up[place]))

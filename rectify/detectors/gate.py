@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rectify.detectors.classifier import refusing
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
 from rectify.hub import checkpoint_folder
-from rectify.json_files import write_json
+from rectify.json_files import check_format_version, write_json
 from rectify.sentence_encoder import SentenceEncoder
 
 CONFIG_FILE, WEIGHTS_FILE = "gate_config.json", "gate.safetensors"
@@ -55,10 +55,7 @@ class GateConfig:
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)}: give 1 or more")
         if not self.names or len(set(self.names)) < len(self.names):
             raise InvalidArgumentError(f"names is {self.names!r}: give one or more, each once")
-        if self.format_version > FORMAT_VERSION:
-            raise InvalidArgumentError(
-                f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
-            )
+        check_format_version(self.format_version, FORMAT_VERSION)
 
 
 class AdapterGate(nn.Module):

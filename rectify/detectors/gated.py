@@ -20,7 +20,7 @@ from rectify.detectors.gate import AdapterGate
 from rectify.detectors.routing import Routing, route
 from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.hub import checkpoint_folder
-from rectify.json_files import write_json
+from rectify.json_files import check_format_version, write_json
 
 CONFIG_FILE, GATE_FOLDER, ADAPTERS_FOLDER = "gated_config.json", "gate", "adapters"
 FORMAT_VERSION = 1
@@ -59,10 +59,7 @@ class GatedConfig:
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(known)}")
         if self.routing == "top_k" and not 1 <= self.k <= len(self.adapters):
             raise InvalidArgumentError(f"k is {self.k}: give a number from 1 to {len(self.adapters)}, that of adapters")
-        if self.format_version > FORMAT_VERSION:
-            raise InvalidArgumentError(
-                f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
-            )
+        check_format_version(self.format_version, FORMAT_VERSION)
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from rectify.evaluation.fluency import prompted_nll
 from rectify.generation.generator import Continuation, Generator
 from rectify.generation.prompts import Prompt
 from rectify.hub import checkpoint_folder
-from rectify.json_files import write_json
+from rectify.json_files import check_format_version, write_json
 from rectify.sampling import Sampling
 
 CONFIG_FILE = "instruction_config.json"
@@ -64,10 +64,7 @@ class InstructionConfig:
             raise InvalidArgumentError(f"max_length is {self.max_length}: give 1 or more")
         if not 0 < self.temperature < float("inf"):
             raise InvalidArgumentError(f"temperature is {self.temperature}: give a number above 0")
-        if self.format_version > FORMAT_VERSION:
-            raise InvalidArgumentError(
-                f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
-            )
+        check_format_version(self.format_version, FORMAT_VERSION)
 
     @property
     def labels(self) -> list[str]:

@@ -127,7 +127,7 @@ def encode_windows(
             continue
         first = windows[-1].first + step if windows and windows[-1].text == source else 0
         new = own[len(offsets[source]) - first :]
-        offsets[source] += [_visible(texts[source], *encoded["offset_mapping"][index][place]) for place in new]
+        offsets[source] += [whole_characters(texts[source], *encoded["offset_mapping"][index][place]) for place in new]
         last = index + 1 == len(sources) or sources[index + 1] != source
         windows.append(Window(source, encoded["input_ids"][index], own[0], first, len(own), last))
     return EncodedTexts(windows, [np.array(rows, np.int64).reshape(-1, 2) for rows in offsets])
@@ -202,9 +202,18 @@ def token_labels(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.nd
     return (length > 0) & (2 * covered >= length)
 
 
-def _visible(text: str, start: int, end: int) -> tuple[int, int]:
-    """The characters of a token as people see them: many tokens hold the blank before their word, others are a part of
-    a character, or lack its accents."""
+def whole_characters(text: str, start: int, end: int) -> tuple[int, int]:
+    """The characters of a token, or of another piece of a text, as people see them.
+
+    Many tokens hold the blank before their word, others are a part of a character, or lack its accents.
+
+    Args:
+        text: the text.
+        start, end: of the piece, end exclusive.
+
+    Returns:
+        Where it begins and ends without blanks around it, and with what belongs to its first and last character.
+    """
     piece = text[start:end]
     start += len(piece) - len(piece.lstrip())
     end = start + len(piece.strip())

@@ -22,6 +22,7 @@ from rectify.detectors.span_decoding import EncodedTexts, Span, encode_windows, 
 from rectify.detectors.span_heads import HEADS, SegmentHead, TokenHead
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
 from rectify.hub import checkpoint_folder, model_place
+from rectify.json_files import check_format_version
 
 __all__ = ["Span", "SpanConfig", "SpanDetector"]
 
@@ -63,10 +64,7 @@ class SpanConfig:
                 f"max_length is {self.max_length}, overlap {self.overlap}: give 1 or more, and 0 or more"
             )
         _check_threshold(self.threshold)
-        if self.format_version > FORMAT_VERSION:
-            raise InvalidArgumentError(
-                f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
-            )
+        check_format_version(self.format_version, FORMAT_VERSION)
 
 
 class SpanDetector(nn.Module):

@@ -90,6 +90,7 @@ class GenerationFile:
             make: from a batch and its number to a record for each of its prompts.
             label: what the progress bar is called.
         """
+        self.path.touch()  # no record makes a file too
         with tqdm(total=len(prompts), initial=self.done, desc=label, unit="prompt", disable=None) as progress:
             for number, batch in batches(prompts, batch_size):
                 written = max(0, self.done - number * batch_size)

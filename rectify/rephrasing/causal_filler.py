@@ -15,7 +15,7 @@ from rectify.builders.trajectories import Score
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.fluency import prompted_nll
 from rectify.evaluation.language_model import begin_token
-from rectify.generation.generator import Generator, continue_with
+from rectify.generation.generator import Generator, continue_with, shared_context
 from rectify.generation.prompts import Prompt
 from rectify.methods.method import Decoder
 from rectify.sampling import Sampling
@@ -96,19 +96,33 @@ class CausalFiller:
         )
 
     def fill(self, masked: Sequence[str], attempt: int) -> list[str | None]:
-        """See `Filler.fill`. The texts' gaps are filled together: the first of all, then the second."""
+        """See `Filler.fill`; `None` where the text before a gap is too long for the model, or for what it reads along.
+
+        The texts' gaps are filled together: the first of all, then the second.
+        """
         parts = [text.split(MASK) for text in masked]
-        done = [row[0] for row in parts]
+        done: list[str | None] = [row[0] for row in parts]
+        context = shared_context(self.model, self.decoder.reads)
         generator = replace(self._generator, first_sample=attempt * self._generator.num_return_sequences)
         size = max(1, _ROWS // generator.num_return_sequences)
         for number in range(1, max(map(len, parts), default=0)):
-            places = [place for place, row in enumerate(parts) if len(row) > number]
+            gaps = {
+                place: _Gap(head, row[number])
+                for place, (head, row) in enumerate(zip(done, parts, strict=True))
+                if head is not None and len(row) > number
+            }
+            for index in generator.unusable([self._prompt(gap) for gap in gaps.values()], context):
+                done[list(gaps)[index]] = None
+            places = [place for place in gaps if done[place] is not None]
             for start in range(0, len(places), size):
                 some = places[start : start + size]
-                gaps = [_Gap(done[place], parts[place][number]) for place in some]
-                for place, text in zip(some, self._fill(generator, gaps), strict=True):
+                for place, text in zip(some, self._fill(generator, [gaps[place] for place in some]), strict=True):
                     done[place] = text
-        return list(done)
+        return done
+
+    def _prompt(self, gap: _Gap) -> Prompt:
+        """What is continued to fill a gap."""
+        return Prompt(gap.head.rstrip() or self._begin_text)
 
     def _fill(self, generator: Generator, gaps: Sequence[_Gap]) -> list[str]:
         candidates = self._candidates(generator, gaps)
@@ -127,9 +141,8 @@ class CausalFiller:
 
     def _candidates(self, generator: Generator, gaps: Sequence[_Gap]) -> list[list[str]]:
         """What each gap may be filled with: nothing, and words in the order in which they were drawn."""
-        prompts = [Prompt(gap.head.rstrip() or self._begin_text) for gap in gaps]
         found = []
-        for continuations in continue_with(generator, prompts, self.decoder):
+        for continuations in continue_with(generator, [self._prompt(gap) for gap in gaps], self.decoder):
             words = {"": None}
             for one in continuations:
                 line = one.text.split("\n")[0]

@@ -77,28 +77,32 @@ class Seq2SeqFiller:
 
     @torch.no_grad()
     def fill(self, masked: Sequence[str], attempt: int) -> list[str | None]:
-        """See `Filler.fill`."""
+        """See `Filler.fill`; `None` also where a text is too long for the model."""
+        found: list[str | None] = [None] * len(masked)
+        if not masked:
+            return found
         texts = [text.replace(MASK, str(self.tokenizer.mask_token)) for text in masked]
-        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
-        found: list[str | None] = [None] * len(texts)
+        lengths = [len(ids) for ids in cast(list[list[int]], self.tokenizer(texts)["input_ids"])]
+        limits = [length + _TOKENS_A_MASK * text.count(MASK) for length, text in zip(lengths, masked, strict=True)]
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        # the decoder begins with one token
+        fitting = [place for place, limit in enumerate(limits) if context is None or limit < context]
+        order = sorted(fitting, key=lambda place: -len(texts[place]))
         for start in range(0, len(order), _ROWS):
             places = order[start : start + _ROWS]
             some = self.tokenizer([texts[place] for place in places], return_tensors="pt", padding=True)
             some = {name: some[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-            lengths = some["attention_mask"].sum(-1).tolist()
-            most = [
-                length + _TOKENS_A_MASK * masked[place].count(MASK)
-                for length, place in zip(lengths, places, strict=True)
-            ]
             keys = row_keys(self.seed, [masked[place] for place in places], [attempt])
-            # the decoder begins with one token
             processors = [*self.sampling.warpers(self.model.device), KeyedSampling(keys, 1)]
             output = cast(Any, self.model).generate(
                 **some,
                 **self.sampling.generate_kwargs()
                 | {"do_sample": False, "num_beams": 1, "logits_processor": processors},
-                max_new_tokens=max(most),
+                # one more, on which BART's forced end falls, so that no text's own last token depends on the others
+                max_new_tokens=max(limits[place] for place in places) + 1,
             )
-            for place, ids, limit in zip(places, output[:, 1:].tolist(), most, strict=True):
-                found[place] = str(self.tokenizer.decode(ids[:limit], skip_special_tokens=True)).strip() or None
+            for place, ids in zip(places, output[:, 1:].tolist(), strict=True):
+                found[place] = (
+                    str(self.tokenizer.decode(ids[: limits[place]], skip_special_tokens=True)).strip() or None
+                )
         return found

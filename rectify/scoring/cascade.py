@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from rectify.detectors.cascade import escalated, predicted, two_labels
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
-from rectify.json_files import write_json
+from rectify.json_files import check_format_version, write_json
 from rectify.scoring.cache import CachedScorer, ScoreCache
 from rectify.scoring.scores import Scorer, Scores, check_attributes
 from rectify.scoring.streams import gathered
@@ -54,10 +54,7 @@ class CascadeConfig:
         for name in ("small_temperature", "large_temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)}: give a number above 0")
-        if self.format_version > FORMAT_VERSION:
-            raise InvalidArgumentError(
-                f"format_version is {self.format_version}, above {FORMAT_VERSION}: update rectify to read it"
-            )
+        check_format_version(self.format_version, FORMAT_VERSION)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> CascadeConfig:
@@ -129,7 +126,7 @@ def toxicity_by(spec: str, texts: Sequence[str], cache: str | Path, device: str 
 
 
 def load_part(spec: str, device: str | None) -> Scorer:
-    """A scorer of a cascade, on a device where it can be told one.
+    """The scorer of a name, as of a cascade's parts, on a device where it can be told one.
 
     Raises:
         RectifyError: it cannot be loaded.

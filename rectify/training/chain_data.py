@@ -68,9 +68,9 @@ class EncodedChains(Dataset):
                 }
             )
         if not self.items:
+            remedy = "raise max_length, or give shorter prompts" if examples else "build with more prompts"
             raise InvalidArgumentError(
-                f"{name}: none of {len(examples)} chains has at most {max_length} tokens: raise max_length, or give "
-                "shorter prompts"
+                f"{name}: none of {len(examples)} chains has at most {max_length} tokens: {remedy}"
             )
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, TaskType
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import ExportableState
 
 from rectify.adapted_model import load_base
 from rectify.adapters import add_adapter, save_adapter
@@ -30,7 +31,7 @@ from rectify.training.chain_data import EncodedChains, collate
 from rectify.training.cmd_loss import contrastive_loss
 from rectify.training.experts import RESULTS_FILE, nats_a_token, text_nll
 from rectify.training.running import checkpoint_to_resume
-from rectify.training.trainer import AdapterTrainer, use_fast_attention
+from rectify.training.trainer import AdapterTrainer, ModelTraining, use_fast_attention
 from rectify.vocabulary import Fingerprint
 
 
@@ -177,7 +178,7 @@ def _refuse_encoder_decoder(name: str, revision: str | None) -> None:
 # Model
 
 
-class ChainLearning(nn.Module):
+class ChainLearning(ModelTraining):
     """A language model and its loss on chains, in the form that `Trainer` expects.
 
     In training the model writes a continuation of each chain that has something to shun, and the states of this are
@@ -316,11 +317,22 @@ class ChainTrainer(AdapterTrainer):
         super().log(logs, start_time)
 
 
-class _Steps(TrainerCallback):
-    """Tells a `ChainLearning` the optimiser's step."""
+class _Steps(TrainerCallback, ExportableState):
+    """Tells a `ChainLearning` the optimiser's step, and keeps what it has counted in checkpoints."""
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
-        cast(ChainLearning, getattr(model, "module", model)).step = state.global_step
+    _learning: ChainLearning | None = None
+
+    def state(self) -> dict[str, Any]:
+        counts = {} if self._learning is None else self._learning.counts
+        return {"args": {}, "attributes": {"counts": counts}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        self._learning = cast(ChainLearning, getattr(model, "module", model))
+        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self._learning.counts |= kept.get("counts", {})
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        cast(ChainLearning, self._learning).step = state.global_step
 
 
 def active_shares(active: int, examples: int, active_toxic: int, toxic: int) -> dict[str, float]:

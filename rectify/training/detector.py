@@ -31,7 +31,7 @@ from rectify.json_files import sha256_of, write_json
 from rectify.training.detector_figures import label_figures, scikit_learn
 from rectify.training.running import checkpoint_to_resume
 from rectify.training.score_calibration import calibration_curve, calibration_temperature
-from rectify.training.trainer import AdapterTrainer, use_fast_attention
+from rectify.training.trainer import AdapterTrainer, ModelTraining, use_fast_attention
 
 RESULTS_FILE = "all_results.json"
 
@@ -365,7 +365,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None)
     )
 
 
-class _Training(nn.Module):
+class _Training(ModelTraining):
     """The classifier and its loss, in the form that `Trainer` expects."""
 
     class_weights: Tensor | None
@@ -374,12 +374,6 @@ class _Training(nn.Module):
         super().__init__()
         self.classifier = classifier
         self.register_buffer("class_weights", class_weights, persistent=False)
-
-    def gradient_checkpointing_enable(self, **settings: Any) -> None:
-        """Called by the Trainer for `--gradient_checkpointing`."""
-        backbone = self.classifier.inner
-        backbone.gradient_checkpointing_enable(**settings)
-        backbone.enable_input_require_grads()  # the backbone is frozen, and nothing before it has a gradient
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
         if self.classifier.config.form == "sequence":

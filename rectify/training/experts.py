@@ -30,7 +30,7 @@ from rectify.errors import InvalidArgumentError
 from rectify.json_files import sha256_of, write_json
 from rectify.methods.expert_pair import ANTI_EXPERT, CONFIG_FILE, EXPERT, ExpertsConfig
 from rectify.training.running import SETTINGS_FILE, checkpoint_to_resume, folder_of_several
-from rectify.training.trainer import AdapterTrainer, use_fast_attention
+from rectify.training.trainer import AdapterTrainer, ModelTraining, use_fast_attention
 from rectify.vocabulary import Fingerprint
 
 RESULTS_FILE = "all_results.json"
@@ -206,7 +206,7 @@ def with_adapter(model: PreTrainedModel, settings: AdapterSettings) -> PeftModel
     )
 
 
-class LanguageModelTraining(nn.Module):
+class LanguageModelTraining(ModelTraining):
     """The language model and its loss, in the form that `Trainer` expects."""
 
     def __init__(self, model: PeftModel) -> None:

@@ -188,20 +188,14 @@ def train_gate(
     )
     results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     gate.requires_grad_(False).eval()
-    detector = GatedDetector(gating, gate, blend)
-    texts = [row[0] for row in held]
-    blended = torch.from_numpy(detector.label_logits(texts, arguments.per_device_eval_batch_size))
-    labels = np.array([row[1] for row in held])
-    probabilities = {"blend": blended.double().sigmoid().numpy()[:, 0]}
-    if settings.calibration != "none":
-        gating.calibration = fit_calibration(settings.calibration, blend.config.labels, blended, labels[:, None])
-        detector = GatedDetector(gating, gate, blend)
-        probabilities["calibrated"] = detector.config.probabilities(blended).numpy()[:, 0].astype(float)
-    own = torch.from_numpy(np.array(logits[:cut])).double().sigmoid().numpy()
-    probabilities |= dict(zip(names, own.T, strict=True))
-    with torch.no_grad():
-        gates = gate(torch.from_numpy(np.array(embeddings[:cut])).to(arguments.device)).cpu().numpy()
-    figures = gate_figures(names, gates, probabilities, labels, [row[2] for row in held])
+    detector, figures = _calibrated(
+        GatedDetector(gating, gate, blend),
+        settings.calibration,
+        held,
+        embeddings[:cut],
+        logits[:cut],
+        arguments.per_device_eval_batch_size,
+    )
     record = {
         "objective": settings.objective,
         "texts": len(data),
@@ -221,6 +215,34 @@ def train_gate(
         write_json(folder / RESULTS_FILE, results | {"validation": figures, "history": trainer.state.log_history})
         features.remove()
     return detector
+
+
+def _calibrated(
+    detector: GatedDetector,
+    calibration: str,
+    rows: Sequence[Row],
+    embeddings: np.ndarray,
+    logits: np.ndarray,
+    batch_size: int,
+) -> tuple[GatedDetector, dict[str, Any]]:
+    """A detector whose probabilities are calibrated on rows, unless that is `"none"`, and its `gate_figures` there.
+
+    Embeddings `[N, H]` and the adapters' own logits `[N, K]` are those of the rows.
+    """
+    gating, gate, blend = detector.gating, detector.gate, detector.blend
+    texts, labels, sources = zip(*rows, strict=True)
+    truth = np.array(labels)
+    blended = torch.from_numpy(detector.label_logits(texts, batch_size))
+    probabilities = {"blend": blended.double().sigmoid().numpy()[:, 0]}
+    if calibration != "none":
+        gating.calibration = fit_calibration(calibration, blend.config.labels, blended, truth[:, None])
+        detector = GatedDetector(gating, gate, blend)
+        probabilities["calibrated"] = detector.config.probabilities(blended).numpy()[:, 0].astype(float)
+    own = torch.from_numpy(np.array(logits)).double().sigmoid().numpy()
+    probabilities |= dict(zip(gating.adapters, own.T, strict=True))
+    with torch.no_grad():
+        gates = gate(torch.from_numpy(np.array(embeddings)).to(blend.device)).cpu().numpy()
+    return detector, gate_figures(gating.adapters, gates, probabilities, truth, sources)
 
 
 _BLENDING_OF: dict[str, Blending] = {"source": "weights", "label": "logits"}

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel, TrainerCallback
 from rectify.heads import LowRankHead
 from rectify.q_network import DeadEndQNetwork
 from rectify.training.q_loss import LossKind, expected_values, lambda_returns, polyak_update, q_loss
-from rectify.training.trainer import AdapterTrainer
+from rectify.training.trainer import AdapterTrainer, ModelTraining
 
 # states whose whole vocabulary is valued at once under a behaviour policy
 _STATES = 512
 _UNCOUNTED = -100.0
 
 
-class QLearning(nn.Module):
+class QLearning(ModelTraining):
     """A Q network together with its targets and its loss, in the form that `Trainer` expects.
 
     The target network is a slow copy of the head on the live trunk's states, as in the published system.

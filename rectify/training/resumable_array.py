@@ -30,6 +30,8 @@ class ResumableArray:
         self._key = json.loads(json.dumps({"shape": shape, **key}))
         self.done = self._steps_done()
         file.parent.mkdir(parents=True, exist_ok=True)
+        if not self.done:
+            self._beside.unlink(missing_ok=True)  # it may tell of the file that is written over here
         self.values = np.memmap(file, dtype=dtype, mode="r+" if self.done else "w+", shape=shape)
 
     def _steps_done(self) -> int:

@@ -20,7 +20,7 @@ from rectify.evaluation.span_f1 import character_f1
 from rectify.json_files import sha256_of, write_json
 from rectify.text_files import AnnotatedText
 from rectify.training.running import checkpoint_to_resume
-from rectify.training.trainer import AdapterTrainer, use_fast_attention
+from rectify.training.trainer import AdapterTrainer, ModelTraining, use_fast_attention
 
 RESULTS_FILE = "all_results.json"
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
@@ -201,7 +201,7 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "own": own, "labels": labels}
 
 
-class _Training(nn.Module):
+class _Training(ModelTraining):
     """The detector and its loss, in the form that `Trainer` expects."""
 
     def __init__(self, detector: SpanDetector) -> None:

@@ -51,6 +51,17 @@ class AdapterTrainer(Trainer):
         return LengthGroups(lengths, self.args.train_batch_size, seed)
 
 
+class ModelTraining(nn.Module):
+    """A loss around a model of transformers, in the form that the Trainer expects."""
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """Called by the Trainer for `--gradient_checkpointing`."""
+        model = next((module for module in self.modules() if isinstance(module, PreTrainedModel)), None)
+        if model is not None:  # the trunk that a Q network shares is no part of it, and not trained
+            model.gradient_checkpointing_enable(**settings)
+            model.enable_input_require_grads()  # what is before an adapter is frozen, and has no gradient
+
+
 def use_fast_attention(model: PreTrainedModel, arguments: TrainingArguments) -> None:
     """On a CPU in bfloat16, switch to plain attention: there the fused one's backward pass takes a quarter of the time
     of a small model's training."""
