@@ -201,6 +201,31 @@ def test_the_marker_ends_the_reasoning(loaded, make):
         assert {(one.chain, one.failure) for one in row} == {(SAFE, None)}
 
 
+def test_a_malformed_chain_is_written_again(loaded, make, monkeypatch):
+    model, tokenizer = loaded
+    good, bad = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (SAFE, " # and so on"))
+    prompts, scripts, asked = [Prompt("It was"), Prompt("It was not so")], [], []
+
+    def write(own, frames, keys, copies, limit):
+        asked.append((len(frames), copies, keys.tolist()))
+        return scripts[len(asked) - 1]
+
+    def found(tries):
+        asked.clear()
+        scripts[:] = [[good, bad, bad, good], [bad, good], [bad]]
+        warping = WarpingProcessor(*loaded, GIVEN)
+        writer = ChainWriter(model, tokenizer, warping, SafePrefix(warping), 64, False, tries)
+        monkeypatch.setattr(writer, "_write", write)
+        return [one.failure is not None for row in writer(make(), prompts) for one in row]
+
+    assert found(1) == [False, True, True, False]
+    assert found(2) == [False, True, False, False]
+    assert found(3) == [False, True, False, False]
+    assert [rows for *rows, _ in asked] == [[2, 2], [2, 1], [1, 1]]
+    keys = [key for *_, each in asked for key in each]
+    assert len({*map(str, keys)}) == len(keys)  # other noise each time
+
+
 # --- commands
 
 
@@ -260,6 +285,7 @@ def test_failures_count_as_toxic(place, tmp_path):
         ({}, "cmd names no adapter"),
         ({"path": "a", "chain": "beam"}, "chain is 'beam': give sample or greedy"),
         ({"path": "a", "chain_tokens": 0}, "chain_tokens is 0"),
+        ({"path": "a", "tries": 0}, "tries is 0"),
     ],
 )
 def test_bad_parameters_are_refused(given, said):

@@ -105,6 +105,7 @@ class ChainWriter:
         final: of the continuation.
         chain_tokens: of a chain before its continuation, at most.
         greedy: write one chain for each prompt, of the likeliest tokens, in place of one for each sample.
+        tries: how often a sampled chain is written at most, with other noise each time, until it is one.
     """
 
     def __init__(
@@ -115,9 +116,10 @@ class ChainWriter:
         final: SafePrefix,
         chain_tokens: int,
         greedy: bool,
+        tries: int = 1,
     ) -> None:
         self.model, self.tokenizer, self.processor, self.final = model, tokenizer, processor, final
-        self.chain_tokens, self.greedy = chain_tokens, greedy
+        self.chain_tokens, self.greedy, self.tries = chain_tokens, greedy, tries
         self._close = cast(list[int], tokenizer(CLOSE, add_special_tokens=False)["input_ids"])
 
     def __call__(self, generator: Generator, prompts: list[Prompt]) -> list[list[Continuation]]:
@@ -143,17 +145,34 @@ class ChainWriter:
     def _reason(
         self, own: Generator, prompts: list[Prompt], frames: Sequence[list[int]], limit: int
     ) -> list[list[int]]:
-        """The tokens of each sample's reasoning."""
-        own = replace(own, min_new_tokens=0)
+        """The tokens of each sample's reasoning; what is no chain is written again, with other noise."""
+        own, n = replace(own, min_new_tokens=0), own.num_return_sequences
         if self.greedy:
             own = replace(own, sampling=Sampling(do_sample=False))
+        if not own.sampled:
+            return [row for row in self._write(own, frames, None, 1, limit) for _ in range(n)]
+        keys = self._keys(own, prompts, "chain")
+        rows = self._write(own, frames, keys, n, limit)
+        for attempt in range(1, self.tries):
+            bad = [place for place, row in enumerate(rows) if not isinstance(read_steps(own.decode(row)), Steps)]
+            if not bad:
+                break
+            keys = self._keys(own, prompts, f"chain {attempt}")[bad]
+            again = self._write(own, [frames[place // n] for place in bad], keys, 1, limit)
+            for place, row in zip(bad, again, strict=True):
+                rows[place] = row
+        return rows
+
+    def _keys(self, own: Generator, prompts: list[Prompt], what: str) -> Tensor:
+        samples = range(own.first_sample, own.first_sample + own.num_return_sequences)
+        return row_keys(own.seed, [f"{what}:{prompt.key}" for prompt in prompts], samples)
+
+    def _write(
+        self, own: Generator, frames: Sequence[list[int]], keys: Tensor | None, copies: int, limit: int
+    ) -> list[list[int]]:
+        """What is written after each frame, `copies` times, as far as the marker that a continuation follows."""
         ids, mask = pad_left(frames, self.model.device)
-        copies = own.num_return_sequences if own.sampled else 1
         reached = _Reached(self.tokenizer, ids.shape[1])
-        keys = None
-        if own.sampled:
-            samples = range(own.first_sample, own.first_sample + copies)
-            keys = row_keys(own.seed, [f"chain:{prompt.key}" for prompt in prompts], samples)
         new = own.new_tokens(
             ids,
             mask,
@@ -163,8 +182,7 @@ class ChainWriter:
             max_new_tokens=limit,
             stopping=[reached],
         ).tolist()
-        rows = [row[: reached.lengths.get(place, closed_length(row, (), own.ends))] for place, row in enumerate(new)]
-        return [row for row in rows for _ in range(own.num_return_sequences // copies)]
+        return [row[: reached.lengths.get(place, closed_length(row, (), own.ends))] for place, row in enumerate(new)]
 
     def _continue(
         self, own: Generator, prompts: list[Prompt], frames: Sequence[list[int]], rows: Sequence[list[int]]
@@ -209,6 +227,7 @@ class Cmd(Method):
     Attributes:
         chain: `sample`, a chain of its own for each continuation, as published; or `greedy`, one for each prompt.
         chain_tokens: of a chain before its continuation, at most; `max_new_tokens` counts the continuation alone.
+        tries: how often a sampled chain is written at most, until it is none that is malformed.
     """
 
     name: ClassVar[str] = "cmd"
@@ -219,14 +238,16 @@ class Cmd(Method):
 
     chain: str = "sample"
     chain_tokens: int = 192
+    tries: int = 3
 
     def __post_init__(self) -> None:
         if self.path is None:
             raise InvalidArgumentError("cmd names no adapter: give cmd:FOLDER, as `rectify train cmd` writes it")
         if self.chain not in ("sample", "greedy"):
             raise InvalidArgumentError(f"chain is {self.chain!r}: give sample or greedy")
-        if self.chain_tokens < 1:
-            raise InvalidArgumentError(f"chain_tokens is {self.chain_tokens}: give 1 or more")
+        for name in ("chain_tokens", "tries"):
+            if getattr(self, name) < 1:
+                raise InvalidArgumentError(f"{name} is {getattr(self, name)}: give 1 or more")
 
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> Decoder:
         """See `Method.bind`."""
@@ -256,7 +277,7 @@ class Cmd(Method):
         adapted = load_detoxifier(cast(str, self.path), tokenizer, model.dtype, model.device)
         chains = WarpingProcessor(adapted, tokenizer, sampling)
         safe = SafePrefix(other.processor)
-        writer = ChainWriter(adapted, tokenizer, chains, safe, self.chain_tokens, self.chain == "greedy")
+        writer = ChainWriter(adapted, tokenizer, chains, safe, self.chain_tokens, self.chain == "greedy", self.tries)
         return Decoder(safe, reads=(adapted, *other.reads), revision=other.revision, write=writer)
 
     def combined_with(self, other: Method) -> Method:
