@@ -1,5 +1,8 @@
 """The console command and its verbs."""
 
+import runpy
+import sys
+
 import pytest
 
 from rectify.cli import VERBS, main
@@ -30,3 +33,11 @@ def test_each_verb_has_help(capsys, verb):
 def test_generate(capsys):
     assert main(["generate", "--prompt", "You are such a", "--max_new_tokens", "3"]) == 0
     assert capsys.readouterr().out.count("base ") == 1
+
+
+def test_the_package_is_a_module_to_run(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["rectify", "nothing"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("rectify", run_name="__main__")
+    assert ended.value.code == 2
+    assert "no verb 'nothing'" in capsys.readouterr().err
