@@ -292,15 +292,17 @@ class EncodedTexts(Dataset):
         """Refuse labels that teach nothing.
 
         Raises:
-            InvalidArgumentError: all texts have the same one.
+            InvalidArgumentError: all texts have the same one; where there are several labels, of each of them.
         """
-        for name, column in zip(names, self.labels.T, strict=True):
-            known = column[~np.isnan(column)]
-            if len(known) and (known == known[0]).all():
-                raise InvalidArgumentError(
-                    f"all {len(known)} training texts have the label {known[0]:g} of {name!r}: give files with others "
-                    "too, or see whether label_column and label_values name the right ones"
-                )
+        known = [(name, column[~np.isnan(column)]) for name, column in zip(names, self.labels.T, strict=True)]
+        known = [(name, column) for name, column in known if len(column)]
+        # a rare category may be in no text of a sample
+        if known and all((column == column[0]).all() for _, column in known):
+            name, column = known[0]
+            raise InvalidArgumentError(
+                f"all {len(column)} training texts have the label {column[0]:g} of {name!r}: give files with others "
+                "too, or see whether the right column and values are read"
+            )
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
