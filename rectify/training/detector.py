@@ -301,7 +301,7 @@ class EncodedTexts(Dataset):
             name, column = known[0]
             raise InvalidArgumentError(
                 f"all {len(column)} training texts have the label {column[0]:g} of {name!r}: give files with others "
-                "too, or see whether the right column and values are read"
+                "too, or see whether label_column and label_values name the right ones"
             )
 
 
