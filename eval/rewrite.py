@@ -15,10 +15,11 @@ from rectify.builders.cmd_stages import score_with
 from rectify.builders.selection import sample_items
 from rectify.command_line import Parser, execute, say
 from rectify.detectors.spans import SpanDetector
-from rectify.evaluation.rewriting import as_json, measure_rewrites, read_sentences, rewrite, table
+from rectify.evaluation.rewriting import as_json, measure_rewrites, rewrite, table
 from rectify.hub import available_device, load_language_model
 from rectify.json_files import write_json
 from rectify.rephrasing.load import FILLERS, load_filler
+from rectify.rephrasing.sentences import read_sentences
 from rectify.scoring.load import load_scorer
 from rectify.sentence_encoder import SentenceEncoder
 

@@ -66,7 +66,7 @@ class Replace:
 
     name = "replace"
 
-    def fill(self, masked, attempt):
+    def fill(self, masked, attempt, originals=None):
         return [
             None if "t33" in text else text.replace(MASK, BAD if attempt == 0 and "t31" in text else "t5")
             for text in masked

@@ -76,6 +76,33 @@ def mask_spans(text: str, spans: Sequence[Span]) -> str:
     return _replaced(text, spans, MASK)
 
 
+def masked_words(original: str, masked: str) -> list[str]:
+    """What was in a text where its masks are now; where several readings are possible, the shortest from the left.
+
+    Args:
+        original: the text.
+        masked: the same with `<MASK>` in place of some of it, one character or more each.
+
+    Raises:
+        InvalidArgumentError: the texts differ elsewhere.
+
+    Example:
+        >>> masked_words("You silly  old fool!", "You <MASK>!")
+        ['silly  old fool']
+    """
+    first, *others = masked.split(MASK)
+    found, place = [], len(first)
+    for number, part in enumerate(others, start=1):
+        end = original.find(part, place + 1) if number < len(others) else len(original) - len(part)
+        if end > place:
+            found.append(original[place:end])
+            place = end + len(part)
+    pieces = [piece for pair in zip(found, others, strict=False) for piece in pair]
+    if len(found) < len(others) or "".join([first, *pieces]) != original:
+        raise InvalidArgumentError(f"masked is {masked!r}: give the text {original!r} with {MASK} in it")
+    return found
+
+
 def mask_until_safe(
     texts: Sequence[str],
     find: Find,

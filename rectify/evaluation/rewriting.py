@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,25 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rectify.builders.cmd_stages import score_with
 from rectify.builders.masking import MASK, SAFE, Find, Outcome, mask_until_safe
 from rectify.builders.trajectories import Score
-from rectify.errors import InvalidArgumentError, TrajectoryError
+from rectify.errors import InvalidArgumentError
 from rectify.evaluation.chrf import chrf
 from rectify.evaluation.fluency import continuation_nll
 from rectify.evaluation.language_model import begin_token
 from rectify.rephrasing.filler import Filler, rephrase
+from rectify.rephrasing.sentences import Sentence
 from rectify.scoring.scores import Scorer
 from rectify.sentence_encoder import SentenceEncoder
-from rectify.text_files import read_rows
-
-_COLUMN = "toxic"
-_REFERENCES = "neutral"
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """A toxic sentence and its rewrites by people, one or more."""
-
-    text: str
-    references: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -52,27 +40,6 @@ class Rewrites:
     filled: list[str | None]
     masked: list[str]
     failures: dict[str, int]
-
-
-def read_sentences(path: str | Path) -> list[Sentence]:
-    """The sentences of a file with a column `toxic` and rewrites in those that begin with `neutral`, as in ParaDetox.
-
-    Raises:
-        TrajectoryError: the file cannot be read, or a row has no sentence or no rewrite.
-    """
-    found = []
-    for place, row in read_rows(Path(path)):
-        cells = row if isinstance(row, dict) else {}
-        text = str(cells.get(_COLUMN) or "").strip()
-        references = tuple(
-            value.strip()
-            for name, value in cells.items()
-            if name.startswith(_REFERENCES) and isinstance(value, str) and value.strip()
-        )
-        if not text or not references:
-            raise TrajectoryError(f"{place}: no {_COLUMN!r} or no {_REFERENCES!r} text in it: give both")
-        found.append(Sentence(text, references))
-    return found
 
 
 def rewrite(sentences: Sequence[Sentence], find: Find, filler: Filler, score: Score, attempts: int = 4) -> Rewrites:

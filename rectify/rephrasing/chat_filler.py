@@ -28,7 +28,7 @@ class ChatFiller:
         self.chat, self.seed = chat, seed
         self.name = f"chat:{chat.name},seed={seed}"
 
-    def fill(self, masked: Sequence[str], attempt: int) -> list[str | None]:
+    def fill(self, masked: Sequence[str], attempt: int, originals: Sequence[str] | None = None) -> list[str | None]:
         """See `Filler.fill`; `None` where no answer comes, or an empty one, or one that has a mask in it still.
 
         Raises:

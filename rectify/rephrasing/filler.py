@@ -22,12 +22,13 @@ class Filler(Protocol):
 
     name: str
 
-    def fill(self, masked: Sequence[str], attempt: int) -> list[str | None]:
+    def fill(self, masked: Sequence[str], attempt: int, originals: Sequence[str] | None = None) -> list[str | None]:
         """Each text with words in place of every `<MASK>`; `None` where nothing usable came.
 
         Args:
             masked: texts with `<MASK>` in them; in batches of the filler's own making.
             attempt: another number draws other words.
+            originals: the texts before they were masked, for fillers that ask what is to be replaced.
         """
 
 
@@ -85,7 +86,7 @@ def rephrase(
         pending = [place for place, one in enumerate(found) if one.text is None]
         if not pending:
             break
-        texts = filler.fill([masked[place] for place in pending], attempt)
+        texts = filler.fill([masked[place] for place in pending], attempt, [originals[place] for place in pending])
         filled = [
             (place, text)
             for place, text in zip(pending, texts, strict=True)

@@ -11,9 +11,12 @@ from rectify.methods.method import Method
 from rectify.methods.rectification import Detector, Rectify, RectifyWithDetector, Static
 from rectify.methods.specs import parse_method
 from rectify.rephrasing.filler import Filler
+from rectify.rephrasing.substitutions import Substitutions
+from rectify.spec_pairs import read_pairs
 
 FILLERS = {
-    "causal:MODEL": "a causal language model fills each gap under a method, from left to right",
+    "causal:MODEL[,substitutions=FOLDER]": "a causal language model fills each gap under a method, from left to right; "
+    "FOLDER is of `rectify train substitutions`, and says what people put in place of the same words",
     "seq2seq:ID": "an encoder-decoder that fills masks, such as seq2seq:beyond/genius-large",
     "chat:SPEC": "a chat model: chat:local:ID, or chat:endpoint:URL,model=NAME",
 }
@@ -31,6 +34,7 @@ def check_filler(spec: str, method: str) -> Method | None:
         raise InvalidArgumentError(f"filler is {spec!r}: give one of {', '.join(FILLERS)}")
     if kind != "causal":
         return None
+    _causal(spec)
     chosen = parse_method(method)
     if not isinstance(chosen, Rectify | Detector | RectifyWithDetector | Static):
         raise InvalidArgumentError(f"fill_method is {method!r}: give rectify, static or detector, with parameters")
@@ -78,8 +82,16 @@ def load_filler(
         return ChatFiller(make_chat(name), seed)
     from rectify.rephrasing.causal_filler import CausalFiller
 
+    name, folder = _causal(spec)
+    substitutions = Substitutions.from_pretrained(folder) if folder else None
     model, tokenizer = load_language_model(name, dtype, device)
     reward = ToxicityClassifier.from_pretrained(reward_model, device=device)
     decoder = chosen.bind(model, tokenizer, {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.9})
     named = f"causal:{name},{chosen.label},{reward_model}"
-    return CausalFiller(model, tokenizer, decoder, reward.probabilities, named, seed=seed)
+    return CausalFiller(model, tokenizer, decoder, reward.probabilities, named, substitutions=substitutions, seed=seed)
+
+
+def _causal(spec: str) -> tuple[str, str | None]:
+    """The model and the substitutions that a causal filler's name gives."""
+    name, *pairs = spec.removeprefix("causal:").split(",")
+    return name, read_pairs(pairs, {"substitutions": str}, f"filler {spec!r}").get("substitutions")

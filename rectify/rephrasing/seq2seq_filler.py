@@ -76,7 +76,7 @@ class Seq2SeqFiller:
         return cls(model, tokenizer, name, top_p, seed)
 
     @torch.no_grad()
-    def fill(self, masked: Sequence[str], attempt: int) -> list[str | None]:
+    def fill(self, masked: Sequence[str], attempt: int, originals: Sequence[str] | None = None) -> list[str | None]:
         """See `Filler.fill`; `None` also where a text is too long for the model."""
         found: list[str | None] = [None] * len(masked)
         if not masked:

@@ -15,6 +15,7 @@ KINDS = {
     "experts": "the expert and the anti-expert of DExperts, from labelled texts; a baseline",
     "q": "a dead-end Q network, from trajectories; the same as train_q.py",
     "cmd": "a model that detoxifies itself, from chains",
+    "substitutions": "what to put in place of toxic words, from people's rewrites of toxic sentences",
     "static": "a context-free table of token risks, from trajectories; a baseline",
 }
 
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None, prog: str = "rectify train") -> int:
         from rectify.training.q_command import main as train
     elif kind == "cmd":
         from rectify.training.cmd_command import main as train
+    elif kind == "substitutions":
+        from rectify.training.substitutions_command import main as train
     else:
         from rectify.training.static_command import main as train
     return train(argv[1:], prog=f"{prog} {kind}")

@@ -1,0 +1,226 @@
+"""What people put in place of toxic words, counted in their rewrites of toxic sentences."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.hub import checkpoint_folder
+from rectify.json_files import check_format_version, sha256_of, write_json, write_records
+from rectify.rephrasing.sentences import Sentence
+
+CONFIG_FILE, COUNTS_FILE = "substitutions.json", "substitutions.jsonl"
+_FORMAT = 1
+
+_WORD = re.compile(r"[\w*@$#']+|[^\w\s]")
+_EDGE = ""  # the neighbour of a text's first and last words
+_FLOOR = 1e-4  # probability of words that nobody put anywhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubstitutionsConfig:
+    """How rewrites are counted; saved as `substitutions.json`.
+
+    Attributes:
+        prior: how many rewrites what is known less specifically counts as, above 0.
+        min_ratio: of the words of a sentence and a rewrite of it, the least share that both have, from 0 to 1; others
+            are new sentences, from which no word for a word is learned.
+        max_words: the most words that are replaced, and that replace them.
+        training: free-form record of what was counted.
+    """
+
+    prior: float = 5.0
+    min_ratio: float = 0.6
+    max_words: int = 3
+    training: dict[str, Any] = field(default_factory=dict)
+    format_version: int = _FORMAT
+
+    def __post_init__(self) -> None:
+        check_format_version(self.format_version, _FORMAT)
+        if not 0 < self.prior < math.inf:
+            raise InvalidArgumentError(f"prior is {self.prior}: give a number above 0")
+        if not 0 <= self.min_ratio <= 1:
+            raise InvalidArgumentError(f"min_ratio is {self.min_ratio}: give a share from 0 to 1")
+        if self.max_words < 1:
+            raise InvalidArgumentError(f"max_words is {self.max_words}: give 1 or more")
+
+
+@dataclass(frozen=True, order=True)
+class Edit:
+    """Words that were replaced, those before and after them, and what was put there; lower case, `""` for none."""
+
+    before: str
+    removed: str
+    after: str
+    put: str
+
+
+class Substitutions:
+    """The probability of words in place of others, given the words beside them.
+
+    With `n` the number of edits, `c` what is put in place of `w` between `l` and `r`, and κ the prior:
+
+        p(c) = max(n(c) / n, 1e-4)
+        p(c | w) = (n(w → c) + κ p(c)) / (n(w) + κ)
+        p(c | l, w, r) = (n(l w → c) + n(w r → c) + κ p(c | w)) / (n(l w) + n(w r) + κ)
+
+    Of several words of which nothing is known together, the last one counts.
+
+    Args:
+        edits: with the number of times that each was seen, 1 or more.
+        config: how they were counted.
+
+    Raises:
+        InvalidArgumentError: there is no edit.
+
+    Example:
+        >>> from rectify.rephrasing.sentences import Sentence
+        >>> from rectify.rephrasing.substitutions import Substitutions
+        >>> known = Substitutions.learn([Sentence("this damn thing works", ("this thing works",))])
+        >>> known.proposals("damn", "that ", " car")
+        ['']
+    """
+
+    def __init__(self, edits: dict[Edit, int], config: SubstitutionsConfig | None = None) -> None:
+        if not edits:
+            raise InvalidArgumentError("edits: there is none: give sentences whose rewrites keep most of their words")
+        self.edits, self.config = edits, config or SubstitutionsConfig()
+        self._all: Counter[str] = Counter()
+        self._of: defaultdict[tuple[str | None, str, str | None], Counter[str]] = defaultdict(Counter)
+        for edit, count in edits.items():
+            self._all[edit.put] += count
+            for key in (
+                (None, edit.removed, None),
+                (edit.before, edit.removed, None),
+                (None, edit.removed, edit.after),
+            ):
+                self._of[key][edit.put] += count
+        self._total = self._all.total()
+
+    @classmethod
+    def learn(cls, sentences: Iterable[Sentence], config: SubstitutionsConfig | None = None) -> Substitutions:
+        """Count what people put in place of what, by aligning the words of sentences and of their rewrites.
+
+        Raises:
+            InvalidArgumentError: nothing is learned from any sentence.
+        """
+        config = config or SubstitutionsConfig()
+        edits: Counter[Edit] = Counter()
+        rewrites = aligned = 0
+        for sentence in sentences:
+            old = split_words(sentence.text)
+            for reference in sentence.references:
+                new = split_words(reference)
+                matcher = SequenceMatcher(None, old, new, autojunk=False)
+                rewrites += 1
+                if matcher.ratio() < config.min_ratio:
+                    continue
+                aligned += 1
+                for kind, start, end, new_start, new_end in matcher.get_opcodes():
+                    if kind in ("replace", "delete") and max(end - start, new_end - new_start) <= config.max_words:
+                        before = old[start - 1] if start else _EDGE
+                        after = old[end] if end < len(old) else _EDGE
+                        removed, put = " ".join(old[start:end]), _normal(new[new_start:new_end])
+                        edits[Edit(before, removed, after, put)] += 1
+        counts = {"rewrites": rewrites, "aligned": aligned, "edits": edits.total()}
+        fields = asdict(config) | {"training": config.training | counts}
+        return cls(dict(sorted(edits.items())), SubstitutionsConfig(**fields))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Substitutions:
+        """Load from a folder or a Hub id.
+
+        Raises:
+            CheckpointError: nothing usable is there.
+        """
+        folder = checkpoint_folder(name, revision)
+        try:
+            config = SubstitutionsConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+            edits = {}
+            with (folder / COUNTS_FILE).open(encoding="utf-8") as file:
+                for line in file:
+                    row = json.loads(line)
+                    count = row.pop("count")
+                    if count < 1:
+                        raise ValueError(f"count is {count}")
+                    edits[Edit(**row)] = count
+            return cls(edits, config)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{str(name)!r} could not be loaded ({first_line(error)}): give a folder of `rectify train "
+                "substitutions`"
+            ) from error
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write configuration and counts to a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG_FILE, asdict(self.config))
+        write_records(folder / COUNTS_FILE, self._records(), "w")
+
+    @property
+    def digest(self) -> str:
+        """What tells tables apart: a SHA-256 of counts and prior, the first 12 hexadecimal digits."""
+        return sha256_of([self.config.prior, list(self._records())])[:12]
+
+    def proposals(self, removed: str, before: str, after: str, limit: int = 24) -> list[str]:
+        """What was put in place of these words by anyone, the likeliest first; `""` is nothing.
+
+        Args:
+            removed: the words.
+            before, after: the text before and after them.
+            limit: the most that are given.
+        """
+        known = self._known(removed, before, after)
+        put = self._of.get((None, known[1], None), Counter())
+        return sorted(put, key=lambda words: (-self._probability(words, *known), words))[:limit]
+
+    def log_probability(self, words: Sequence[str], removed: str, before: str, after: str) -> list[float]:
+        """`log p(c | l, w, r)` of each of some words in place of others, in nats; arguments as in `proposals`."""
+        known = self._known(removed, before, after)
+        return [math.log(self._probability(_normal(split_words(each)), *known)) for each in words]
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _known(self, removed: str, before: str, after: str) -> tuple[str, str, str]:
+        """The words beside and in a place, as far as they are known together."""
+        words = split_words(removed)
+        left, right = split_words(before)[-1:], split_words(after)[:1]
+        if len(words) > 1 and (None, " ".join(words), None) not in self._of:
+            left, words = words[-2:-1], words[-1:]
+        return "".join(left) or _EDGE, " ".join(words), "".join(right) or _EDGE
+
+    def _probability(self, put: str, before: str, removed: str, after: str) -> float:
+        value = max(self._all[put] / self._total, _FLOOR)
+        levels = (
+            ((None, removed, None),),
+            ((before, removed, None), (None, removed, after)),
+        )
+        for keys in levels:
+            tables = [self._of[key] for key in keys if key in self._of]
+            seen = sum(table[put] for table in tables)
+            total = sum(table.total() for table in tables)
+            value = (seen + self.config.prior * value) / (total + self.config.prior)
+        return value
+
+    def _records(self) -> Iterable[dict[str, Any]]:
+        return (asdict(edit) | {"count": count} for edit, count in sorted(self.edits.items()))
+
+
+def split_words(text: str) -> list[str]:
+    """Words and marks of a text, in lower case; what hides letters in words belongs to them."""
+    return _WORD.findall(text.lower())
+
+
+def _normal(words: Sequence[str]) -> str:
+    """Words as one text; marks alone are nothing."""
+    text = " ".join(words)
+    return text if any(character.isalnum() for character in text) else ""
