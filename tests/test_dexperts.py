@@ -19,7 +19,8 @@ from rectify.cli import main
 from rectify.methods.base import Base
 from rectify.methods.dexperts import DExperts, DExpertsProcessor
 from rectify.methods.expert_pair import ExpertsConfig, load_experts
-from rectify.training.experts import EncodedTexts, ExpertSettings, collate, text_nll, train_experts
+from rectify.training.experts import EncodedTexts, ExpertSettings, train_experts
+from rectify.training.language_model import collate, text_nll
 from rectify.vocabulary import Fingerprint
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}

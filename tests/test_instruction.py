@@ -22,7 +22,6 @@ from rectify.sampling import Sampling
 from rectify.scoring import Reason, load_scorer
 from rectify.scoring.cascade import CascadeConfig
 from rectify.training import instruction_command
-from rectify.training.experts import LEFT_OUT
 from rectify.training.instruction import EncodedRows
 from rectify.training.instruction_rows import (
     InstructionRow,
@@ -30,6 +29,7 @@ from rectify.training.instruction_rows import (
     read_instruction_rows,
     with_instruction,
 )
+from rectify.training.language_model import LEFT_OUT
 
 # "so" is one token, and so are " y" and "no"; "maybe" has five
 MERGES = (("s", "o"), ("Ġ", "y"), ("n", "o"))

@@ -22,7 +22,7 @@ from rectify.sentence_encoder import masked_mean
 from rectify.training.chain_data import EncodedChains, collate
 from rectify.training.cmd import ChainLearning, ChainSettings, train_chains
 from rectify.training.cmd_loss import contrastive_loss
-from rectify.training.experts import text_nll
+from rectify.training.language_model import text_nll
 
 EXAMPLES = [
     ChainExample(

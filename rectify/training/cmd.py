@@ -29,9 +29,9 @@ from rectify.sampling import Sampling
 from rectify.sentence_encoder import masked_mean
 from rectify.training.chain_data import EncodedChains, collate
 from rectify.training.cmd_loss import contrastive_loss
-from rectify.training.experts import RESULTS_FILE, nats_a_token, text_nll
-from rectify.training.running import checkpoint_to_resume
-from rectify.training.trainer import AdapterTrainer, ModelTraining, use_fast_attention
+from rectify.training.language_model import nats_a_token, text_nll
+from rectify.training.running import RESULTS_FILE, checkpoint_to_resume
+from rectify.training.trainer import AdapterTrainer, ModelTraining, run_record, use_fast_attention
 from rectify.vocabulary import Fingerprint
 
 
@@ -146,12 +146,8 @@ def train_chains(
         "toxic": sum(item["toxic"] for item in data.items),
         "validation_chains": len(held),
         "too_long": data.too_long + held.too_long,
-        "epochs": trainer.state.epoch,
-        "steps": trainer.state.global_step,
-        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-        "learning_rate": arguments.learning_rate,
+        **run_record(trainer),
         "contrastive_weight": settings.contrastive_weight,
-        "seed": arguments.seed,
         "nll": results["eval_nll"],
         "base_nll": before["base_nll"],
         **_of_all(trainer.state.log_history),

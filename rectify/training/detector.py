@@ -29,11 +29,9 @@ from rectify.detectors.config import DetectorConfig, Form
 from rectify.errors import InvalidArgumentError, RectifyError
 from rectify.json_files import sha256_of, write_json
 from rectify.training.detector_figures import label_figures, scikit_learn
-from rectify.training.running import checkpoint_to_resume
+from rectify.training.running import RESULTS_FILE, checkpoint_to_resume
 from rectify.training.score_calibration import calibration_curve, calibration_temperature
-from rectify.training.trainer import AdapterTrainer, ModelTraining, use_fast_attention
-
-RESULTS_FILE = "all_results.json"
+from rectify.training.trainer import AdapterTrainer, ModelTraining, run_record, use_fast_attention
 
 Label = float | Sequence[float]
 Text = str | tuple[str, str]
@@ -169,11 +167,7 @@ def train_detector(
         **{name: value for name, value in asdict(settings).items() if name.startswith(("lora", "target", "class"))},
         "texts": len(data),
         "texts_sha256": digest,
-        "epochs": trainer.state.epoch,
-        "steps": trainer.state.global_step,
-        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-        "learning_rate": arguments.learning_rate,
-        "seed": arguments.seed,
+        **run_record(trainer),
         **figures,
     }
     results |= {name: figures[name] for name in ("calibrated", "sources") if name in figures}

@@ -14,8 +14,9 @@ from transformers import TrainingArguments
 from rectify.command_line import DataclassParser, execute, say
 from rectify.splits import Split, split_by_hash, split_of
 from rectify.text_files import TEXT_COLUMN, labelled_rows, one_a_file
-from rectify.training.detector import RESULTS_FILE, DetectorSettings, train_detector
+from rectify.training.detector import DetectorSettings, train_detector
 from rectify.training.plots import plot_detector
+from rectify.training.running import RESULTS_FILE
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-4,

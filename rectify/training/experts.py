@@ -9,13 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import torch
-from peft import PeftModel, TaskType
-from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -24,37 +19,19 @@ from transformers import (
 )
 
 from rectify.adapted_model import load_base
-from rectify.adapters import add_adapter, save_adapter
-from rectify.detectors.classifier import pad
+from rectify.adapters import save_adapter
 from rectify.errors import InvalidArgumentError
 from rectify.json_files import sha256_of, write_json
 from rectify.methods.expert_pair import ANTI_EXPERT, CONFIG_FILE, EXPERT, ExpertsConfig
-from rectify.training.running import SETTINGS_FILE, checkpoint_to_resume, folder_of_several
-from rectify.training.trainer import AdapterTrainer, ModelTraining, use_fast_attention
+from rectify.training.language_model import AdapterSettings, fit, with_adapter
+from rectify.training.running import RESULTS_FILE, check_same, checkpoint_to_resume, folder_of_several
+from rectify.training.trainer import run_record
 from rectify.vocabulary import Fingerprint
 
-RESULTS_FILE = "all_results.json"
 TOXIC = 0.5
 """Texts labelled this or more train the anti-expert, all others the expert."""
 
-LEFT_OUT = -100
-"""The label of a token that is not predicted, as `cross_entropy` calls it."""
-
 Row = tuple[str, float]
-
-
-@dataclass
-class AdapterSettings:
-    """A LoRA adapter of a causal language model; each field is a flag of the trainings that make one."""
-
-    model_name_or_path: str = field(metadata={"help": "causal language model: folder, Hub id, or pocket"})
-    model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub id"})
-    lora_r: int = field(default=16, metadata={"help": "rank of each adapter"})
-    lora_alpha: int = field(default=32, metadata={"help": "an adapter is scaled by lora_alpha / lora_r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapter"})
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "modules that are adapted, by the end of their names"}
-    )
 
 
 @dataclass
@@ -128,30 +105,14 @@ def _train_one(
     set_seed(arguments.seed)
     base, _ = _load(settings)
     model = with_adapter(base, settings)
-    use_fast_attention(base, arguments)
-    held.items.sort(key=lambda item: -len(item["input_ids"]))  # batches of nearly equal length
-    trainer = AdapterTrainer(
-        model=LanguageModelTraining(model),
-        args=arguments,
-        train_dataset=data,
-        eval_dataset=held,
-        data_collator=collate,
-        compute_metrics=nats_a_token,
-        callbacks=list(callbacks),
-    )
-    results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-    results |= trainer.predict(cast(Any, held), metric_key_prefix="eval").metrics or {}
+    trainer, results = fit(model, arguments, data, held, checkpoint, callbacks)
     with model.disable_adapter():
         before = trainer.predict(cast(Any, held), metric_key_prefix="base").metrics or {}
     record = {
         "texts": len(data),
         "validation_texts": len(held),
         "texts_sha256": digest,
-        "epochs": trainer.state.epoch,
-        "steps": trainer.state.global_step,
-        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-        "learning_rate": arguments.learning_rate,
-        "seed": arguments.seed,
+        **run_record(trainer),
         "nll": results["eval_nll"],
         "base_nll": before["base_nll"],
     }
@@ -160,20 +121,6 @@ def _train_one(
         # the last file, as it says that this one is finished
         write_json(folder / RESULTS_FILE, results | {"record": record})
     return record
-
-
-def check_same(folder: Path, wanted: dict[str, Any]) -> None:
-    """Refuse to take what another training has finished for a part of this one."""
-    former: dict[str, Any] = {SETTINGS_FILE: "nothing"}
-    if (folder / SETTINGS_FILE).exists():
-        former = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(wanted, default=str))
-    name = next((name for name in former if former[name] != wanted.get(name)), None)
-    if name is not None:
-        raise InvalidArgumentError(
-            f"{str(folder)!r} holds a finished training with {name} {former[name]!r}, not {wanted.get(name)!r}: give "
-            "the same settings, another output_dir, or remove it"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,59 +134,6 @@ def _load(settings: ExpertSettings) -> tuple[PreTrainedModel, PreTrainedTokenize
         limit = f"to {context}, the model's context" if context is not None else "on"
         raise InvalidArgumentError(f"max_length is {settings.max_length}: give a number from 2 {limit}")
     return model, tokenizer
-
-
-def with_adapter(model: PreTrainedModel, settings: AdapterSettings) -> PeftModel:
-    """A language model with a new adapter, drawn from torch's random generator.
-
-    Raises:
-        InvalidArgumentError: the settings make none.
-    """
-    return add_adapter(
-        model,
-        settings.model_name_or_path,
-        task_type=TaskType.CAUSAL_LM,
-        lora_r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=settings.target_modules,
-    )
-
-
-class LanguageModelTraining(ModelTraining):
-    """The language model and its loss, in the form that `Trainer` expects."""
-
-    def __init__(self, model: PeftModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        nll, tokens = text_nll(logits, labels)
-        return {"loss": nll.sum() / tokens.sum().clamp_min(1), "nll": nll, "tokens": tokens}
-
-
-def text_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of texts, in nats.
-
-    Args:
-        logits: `[B, T, V]`, those of the next token.
-        labels: `[B, T]` int64 tokens, −100 at padding.
-
-    Returns:
-        `[B]` float32 sums over the tokens that follow another, and `[B]` how many these are.
-    """
-    wanted = labels[:, 1:]
-    nll = nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), wanted.flatten(), ignore_index=LEFT_OUT, reduction="none"
-    )
-    return nll.view(wanted.shape).sum(-1), (wanted != LEFT_OUT).sum(-1)
-
-
-def nats_a_token(prediction: EvalPrediction) -> dict[str, float]:
-    """The mean over all predicted tokens, in the form that `transformers.Trainer` calls."""
-    nll, tokens = (np.asarray(part, dtype=np.float64) for part in prediction.predictions[:2])
-    return {"nll": float(nll.sum() / tokens.sum()), "tokens": int(tokens.sum())}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,13 +162,3 @@ class EncodedTexts(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.items[index]
-
-
-def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A right-padded batch: `input_ids`, `attention_mask` and `labels` `[B, T]` int64, −100 at padding in `labels`.
-
-    The labels are those of the items, where they have any, and their tokens else.
-    """
-    ids, mask = pad([item["input_ids"] for item in items])
-    labels, _ = pad([item.get("labels", item["input_ids"]) for item in items])
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), labels, LEFT_OUT)}

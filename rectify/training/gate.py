@@ -25,11 +25,11 @@ from rectify.errors import InvalidArgumentError
 from rectify.hub import checkpoint_folder, files_digest
 from rectify.json_files import sha256_of, write_json
 from rectify.sentence_encoder import SentenceEncoder
-from rectify.training.detector import RESULTS_FILE, early_stopping, fit_calibration
+from rectify.training.detector import early_stopping, fit_calibration
 from rectify.training.detector_figures import scikit_learn, validation_figures
 from rectify.training.resumable_array import ResumableArray
-from rectify.training.running import checkpoint_to_resume
-from rectify.training.trainer import AdapterTrainer
+from rectify.training.running import RESULTS_FILE, checkpoint_to_resume
+from rectify.training.trainer import AdapterTrainer, run_record
 
 _CHUNK = 2048  # texts that are embedded, or judged by the adapters, between two notes of how far it is
 
@@ -200,11 +200,7 @@ def train_gate(
         "objective": settings.objective,
         "texts": len(data),
         "texts_sha256": digest,
-        "epochs": trainer.state.epoch,
-        "steps": trainer.state.global_step,
-        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-        "learning_rate": arguments.learning_rate,
-        "seed": arguments.seed,
+        **run_record(trainer),
         "validation": figures,
     }
     gate.config.training = gating.training = detector.config.training = record

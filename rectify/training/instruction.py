@@ -24,21 +24,12 @@ from rectify.evaluation.calibration import expected_calibration_error
 from rectify.hub import files_digest
 from rectify.json_files import sha256_of, write_json
 from rectify.training.detector_figures import scikit_learn
-from rectify.training.experts import (
-    LEFT_OUT,
-    AdapterSettings,
-    LanguageModelTraining,
-    check_same,
-    collate,
-    nats_a_token,
-    with_adapter,
-)
 from rectify.training.instruction_rows import InstructionRow
-from rectify.training.running import checkpoint_to_resume, folder_of_several
+from rectify.training.language_model import LEFT_OUT, AdapterSettings, fit, with_adapter
+from rectify.training.running import RESULTS_FILE, check_same, checkpoint_to_resume, folder_of_several
 from rectify.training.score_calibration import calibration_temperature
-from rectify.training.trainer import AdapterTrainer, use_fast_attention
+from rectify.training.trainer import run_record
 
-RESULTS_FILE = "all_results.json"
 RATIONALES, CONTROL = "rationales", "control"
 """Folders of the first stage, and of the labels alone."""
 
@@ -153,30 +144,14 @@ class _Stage:
         model, detector = self._model(start)
         data = EncodedRows(detector, rows, "train")
         held = EncodedRows(detector, self.validation, "validation", detector.room)
-        held.items.sort(key=lambda item: -len(item["input_ids"]))  # batches of nearly equal length
-        use_fast_attention(detector.model, arguments)
-        trainer = AdapterTrainer(
-            model=LanguageModelTraining(model),
-            args=arguments,
-            train_dataset=data,
-            eval_dataset=held,
-            data_collator=collate,
-            compute_metrics=nats_a_token,
-            callbacks=list(self.callbacks),
-        )
-        results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-        results |= trainer.predict(cast(Any, held), metric_key_prefix="eval").metrics or {}
+        trainer, results = fit(model, arguments, data, held, checkpoint, self.callbacks)
         detector.model.eval()
         figures, temperature = _validate(detector, held.rows, arguments.eval_batch_size)
         detector.config.temperature = temperature
         record = {
             "rows": len(data),
             "too_long": data.too_long,
-            "epochs": trainer.state.epoch,
-            "steps": trainer.state.global_step,
-            "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-            "learning_rate": arguments.learning_rate,
-            "seed": arguments.seed,
+            **run_record(trainer),
             "validation": {"nll": results["eval_nll"], **figures, "too_long": held.too_long},
         }
         detector.config.training = {**record, "lora_r": settings.lora_r, "lora_alpha": settings.lora_alpha}

@@ -33,13 +33,12 @@ from rectify.training.q_arguments import DataArguments, LossArguments, ModelArgu
 from rectify.training.q_calibration import recalibrate
 from rectify.training.q_metrics import compute_metrics, network_risks, value_metrics
 from rectify.training.q_trainer import PolyakCallback, QLearning, QTrainer
-from rectify.training.running import checkpoint_to_resume
+from rectify.training.running import RESULTS_FILE, checkpoint_to_resume
 from rectify.training.trainer import use_fast_attention
 from rectify.training.trajectory_data import Trajectory, TrajectoryDataset, collate, read_trajectories
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE = "all_results.json"
 _LEAST_RISK = 1e-3
 
 

@@ -13,6 +13,8 @@ from rectify.errors import InvalidArgumentError
 from rectify.json_files import write_json
 
 SETTINGS_FILE = "run_settings.json"
+RESULTS_FILE = "all_results.json"
+"""Figures of a training; its last file, so that one that is there says that the training is finished."""
 
 # what may differ between a run and the one that continues it
 _FREE = {
@@ -69,6 +71,20 @@ def checkpoint_to_resume(arguments: TrainingArguments, finished: str, **settings
         folder.mkdir(parents=True, exist_ok=True)
         write_json(beside, wanted)
     return arguments.resume_from_checkpoint or checkpoint
+
+
+def check_same(folder: Path, wanted: dict[str, Any]) -> None:
+    """Refuse to take what another training has finished for a part of this one."""
+    former: dict[str, Any] = {SETTINGS_FILE: "nothing"}
+    if (folder / SETTINGS_FILE).exists():
+        former = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(wanted, default=str))
+    name = next((name for name in former if former[name] != wanted.get(name)), None)
+    if name is not None:
+        raise InvalidArgumentError(
+            f"{str(folder)!r} holds a finished training with {name} {former[name]!r}, not {wanted.get(name)!r}: give "
+            "the same settings, another output_dir, or remove it"
+        )
 
 
 def folder_of_several(arguments: TrainingArguments, finished: str) -> Path:

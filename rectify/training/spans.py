@@ -19,10 +19,9 @@ from rectify.errors import InvalidArgumentError
 from rectify.evaluation.span_f1 import character_f1
 from rectify.json_files import sha256_of, write_json
 from rectify.text_files import AnnotatedText
-from rectify.training.running import checkpoint_to_resume
-from rectify.training.trainer import AdapterTrainer, ModelTraining, use_fast_attention
+from rectify.training.running import RESULTS_FILE, checkpoint_to_resume
+from rectify.training.trainer import AdapterTrainer, ModelTraining, run_record, use_fast_attention
 
-RESULTS_FILE = "all_results.json"
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 
 
@@ -109,11 +108,7 @@ def train_spans(
         **{name: value for name, value in asdict(settings).items() if name.startswith(("lora", "target"))},
         "texts": len(train),
         "texts_sha256": digest,
-        "epochs": trainer.state.epoch,
-        "steps": trainer.state.global_step,
-        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-        "learning_rate": arguments.learning_rate,
-        "seed": arguments.seed,
+        **run_record(trainer),
         "validation": {"n": len(validation), "character_f1": results["eval_character_f1"]},
     }
     if trainer.is_world_process_zero():

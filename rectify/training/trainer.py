@@ -67,3 +67,15 @@ def use_fast_attention(model: PreTrainedModel, arguments: TrainingArguments) -> 
     of a small model's training."""
     if arguments.bf16 and arguments.device.type == "cpu":
         model.set_attn_implementation("eager")
+
+
+def run_record(trainer: Trainer) -> dict[str, Any]:
+    """What a finished training was run with, for the record beside its weights."""
+    arguments = trainer.args
+    return {
+        "epochs": trainer.state.epoch,
+        "steps": trainer.state.global_step,
+        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        "learning_rate": arguments.learning_rate,
+        "seed": arguments.seed,
+    }
