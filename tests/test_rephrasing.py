@@ -104,7 +104,7 @@ def filler(model, make_tokenizer):
         one = CausalFiller(model, tokenizer, decoder, toxicity, "tiny", **{"draws": 4} | changes)
         if words:
             candidates = one._candidates
-            one._candidates = lambda *given: [[some for some in row if some] for row in candidates(*given)]
+            one._candidates = lambda *given: [[some for some in row if some.words] for row in candidates(*given)]
         return one
 
     return of
@@ -138,7 +138,7 @@ def test_the_likeliest_candidate_is_taken(filler, model):
     seen, candidates = [], one._candidates
     one._candidates = lambda *given: seen.append(candidates(*given)) or seen[-1]
     (text,) = one.fill(MASKED[:1], 0)
-    (words,) = seen[0]
+    words = [filling.words for filling in seen[0][0]]
     assert "" in words
     encode = one.tokenizer.encode
     heads, tails = [encode("t40 t41")] * len(words), [encode(f"{some} t42 t43") for some in words]

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from rectify.builders.masking import MASK, Span, mask_spans, masked_words
 from rectify.cli import main
 from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.evaluation.fluency import continuation_nll
 from rectify.methods.base import Base
 from rectify.rephrasing.causal_filler import CausalFiller
 from rectify.rephrasing.load import check_filler
 from rectify.rephrasing.sentences import Sentence
-from rectify.rephrasing.substitutions import Edit, Substitutions, SubstitutionsConfig, split_words
+from rectify.rephrasing.substitutions import Change, Edit, Substitutions, SubstitutionsConfig, split_words
 
 SENTENCES = [
     Sentence("this bad one is here", ("this one is here", "this poor one is here")),
@@ -41,42 +42,78 @@ def test_edits_are_those_of_aligned_words(known):
     assert known.config.training == {"rewrites": 6, "aligned": 5, "edits": 5}
 
 
-def slow(edits, prior, put, removed, before, after):
+def seen_from(edit):
+    """All of what an edit says: before, removed, after, change."""
+    words = [edit.before, *edit.removed.split(), edit.after]
+    return [
+        (words[start - 1], " ".join(words[start:end]), words[end],
+         Change(edit.put, " ".join(words[1:start]), " ".join(words[end:-1])))
+        for start in range(1, len(words) - 1)
+        for end in range(start + 1, len(words))
+    ]  # fmt: skip
+
+
+def slow(edits, prior, change, removed, before, after):
     """The definition, by going through all edits."""
+    rows = [(*row, count) for edit, count in edits.items() for row in seen_from(edit)]
 
-    def count(**wanted):
-        return sum(n for edit, n in edits.items() if all(getattr(edit, name) == word for name, word in wanted.items()))
+    def count(left=None, word=None, right=None, what=None):
+        wanted = (left, word, right, what)
+        return sum(
+            row[-1] for row in rows if all(each in (None, cell) for each, cell in zip(wanted, row, strict=False))
+        )
 
-    value = max(count(put=put) / count(), 1e-4)
-    value = (count(removed=removed, put=put) + prior * value) / (count(removed=removed) + prior)
-    left, right = {"before": before, "removed": removed}, {"removed": removed, "after": after}
-    seen = count(**left, put=put) + count(**right, put=put)
-    return (seen + prior * value) / (count(**left) + count(**right) + prior)
+    value = max(count(what=change) / count(), 1e-4)
+    value = (count(word=removed, what=change) + prior * value) / (count(word=removed) + prior)
+    seen = count(before, removed, what=change) + count(word=removed, right=after, what=change)
+    return (seen + prior * value) / (count(before, removed) + count(word=removed, right=after) + prior)
+
+
+def test_an_edit_is_known_from_each_of_its_words():
+    known = Substitutions({Edit("she", "gives a damn", "about", "cares"): 3, Edit("a", "damn", "car", ""): 1})
+    assert known.proposals("damn", "she gives a", "about me") == [Change("cares", "gives a"), Change("")]
+    assert known.proposals("damn", "give a", "about me") == [Change("")]
+    assert known.proposals("gives", "she", "a damn") == [Change("cares", "", "a damn")]
+    assert known.proposals("gives a damn", "she", "about me") == [Change("cares")]
+    assert known.proposals("gives a damn", "", "") == [Change("cares")]
+
+
+words_of = st.lists(st.sampled_from(["a", "b"]), min_size=1, max_size=3).map(" ".join)
+edge = st.sampled_from(["", "a", "b"])
 
 
 @given(
-    st.dictionaries(st.builds(Edit, *[st.sampled_from(["", "a", "b"])] * 4), st.integers(1, 9), min_size=1),
+    st.dictionaries(st.builds(Edit, edge, words_of, edge, edge), st.integers(1, 9), min_size=1),
     st.floats(0.1, 50),
     st.lists(st.sampled_from(["a", "b"]), min_size=3, max_size=3),
-    st.sampled_from(["", "a", "b", "never"]),
+    st.builds(Change, st.sampled_from(["", "a", "b", "never"]), edge, edge),
 )
-def test_probabilities_are_those_of_the_definition(edits, prior, place, put):
+def test_probabilities_are_those_of_the_definition(edits, prior, place, change):
     before, removed, after = place
     one = Substitutions(edits, SubstitutionsConfig(prior=prior))
-    (found,) = one.log_probability([put.upper()], removed.upper(), f"b a {before} ", f" {after} a")
-    assert found == pytest.approx(math.log(slow(edits, prior, put, removed, before, after)))
-    proposals = one.proposals(removed, before, after)
-    assert set(proposals) == {edit.put for edit in edits if edit.removed == removed}
-    values = one.log_probability(proposals, removed, before, after)
+    around = removed.upper(), f"b a {before} ", f" {after} a"
+    (found,) = one.log_probability([change._replace(put=f" {change.put.upper()}")], *around)
+    assert found == pytest.approx(math.log(slow(edits, prior, change, removed, before, after)))
+    proposals = one.proposals(*around)
+    assert set(proposals) == {
+        change
+        for edit in edits
+        for _, word, _, change in seen_from(edit)
+        if word == removed
+        and f" b a {before}".endswith(f" {change.before}" if change.before else "")
+        and f"{after} a ".startswith(f"{change.after} " if change.after else "")
+    }
+    values = one.log_probability(proposals, *around)
     assert values == sorted(values, reverse=True)
-    assert one.proposals(removed, before, after, limit=1) == proposals[:1]
+    assert one.proposals(*around, limit=1) == proposals[:1]
 
 
 def test_of_unknown_words_the_last_counts_and_marks_alone_are_nothing(known):
     assert known.proposals("quite bad", "this ", " one") == known.proposals("bad", "quite", "one")
-    assert known.proposals("awful bad", "that", "thing") == [""]
+    assert known.proposals("awful bad", "that", "thing") == [Change("")]
     assert known.proposals("unheard", "a", "b") == []
-    assert known.log_probability([" !", ""], "bad", "a", "one")[0] == known.log_probability([""], "bad", "a", "one")[0]
+    nothing, marks = known.log_probability([Change(""), Change(" !")], "bad", "a", "one")
+    assert nothing == marks
     assert split_words("You f*ck!  Sh1t, ÄRGER.") == ["you", "f*ck", "!", "sh1t", ",", "ärger", "."]
 
 
@@ -143,25 +180,63 @@ def test_masked_words_of_another_text_are_refused():
 # --- in a filler
 
 
-def test_a_filler_puts_what_people_put(model, make_tokenizer):
+@pytest.fixture(scope="module")
+def fill_with(model, make_tokenizer):
+    """`fill_with(edits, substitution_weight)`: a filler; `edits` may be `None`."""
     tokenizer = make_tokenizer()
     tokenizer.padding_side = "left"
     decoder = Base().bind(model, tokenizer, {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0})
 
-    def filler(put, **changes):
-        edits = {Edit("t41", "t90", "t42", put): 50, Edit("", "other", "", "t5"): 1}
-        return CausalFiller(
-            model, tokenizer, decoder, lambda texts: [0.0] * len(texts), "tiny", draws=2,
-            substitutions=Substitutions(edits), **changes,
-        )  # fmt: skip
+    def of(edits, weight=100.0):
+        known = edits and Substitutions(edits | {Edit("", "other", "", "t5"): 1})
+        more = {"substitutions": known, "substitution_weight": weight}
+        return CausalFiller(model, tokenizer, decoder, lambda texts: [0.0] * len(texts), "tiny", draws=2, **more)
 
+    return of
+
+
+def test_a_filler_puts_what_people_put(fill_with):
     masked, original = f"t40 t41 {MASK} t42 t43", "t40 t41 T90 t42 t43"
-    one = filler("t66 t67", substitution_weight=100.0)
+    one, nothing = (fill_with({Edit("t41", "t90", "t42", put): 50}) for put in ("t66 t67", ""))
     assert one.fill([masked], 0, [original]) == ["t40 t41 T66 t67 t42 t43"]
     assert one.fill([masked] * 2, 0, [original.lower()] * 2) == ["t40 t41 t66 t67 t42 t43"] * 2
-    (text,) = filler("", substitution_weight=100.0).fill([masked], 0, [original])
+    (text,) = nothing.fill([masked], 0, [original])
     assert text.split() == ["t40", "t41", "t42", "t43"]
-    # what is not known, or without weight, changes nothing
-    plain = CausalFiller(model, tokenizer, decoder, lambda texts: [0.0] * len(texts), "tiny", draws=2)
+    # what is not known changes nothing
+    plain = fill_with(None)
     assert one.fill([masked], 0) == plain.fill([masked], 0, [original])
-    assert one.name != plain.name != filler("").name != one.name
+    assert len({one.name, plain.name, nothing.name}) == 3
+
+
+@pytest.mark.parametrize(
+    ("removed", "put", "masked", "expected"),
+    [
+        ("t41 t90", "t66", f"t40 T41 {MASK} t42", "t40 T66 t42"),
+        ("t40 t41 t90", "", f"t40 t41 {MASK} t42", "t42"),
+        ("t90 t42", "t66", f"t41 {MASK} t42 t43", "t41 t66 t43"),
+        ("t90 t42", "t66", f"t41 {MASK} t42", "t41 t66"),
+        ("t90 t42", "", f"{MASK} t42 t43", "t43"),
+        ("t41 t90 t42", "", f"t40 t41 {MASK} t42 t43 {MASK} t44", "t40 t43 t44"),
+    ],
+)
+def test_a_change_may_take_the_words_beside_a_gap(fill_with, removed, put, masked, expected):
+    one = fill_with({Edit("", removed, "", put): 50})
+    (text,) = one.fill([masked], 0, [masked.replace(MASK, "t90")])
+    assert text.split() == expected.split()
+    both = one.fill([f"t1 {MASK} t2 t3", masked], 0, ["t1 t91 t2 t3", masked.replace(MASK, "t90")])
+    assert both[1] == text
+
+
+def test_likelihoods_of_changes_are_those_of_whole_texts(fill_with, model):
+    """Of each candidate, from what all of them leave of the beginning, to the same place."""
+    one = fill_with({Edit("t40", "t41 t90 t42", "t43", "t66"): 1, Edit("t41", "t90", "t42", "t67"): 1}, 0.0)
+    seen, measured = [], one._log_likelihood
+    one._log_likelihood = lambda *given: seen.append((given[1], measured(*given))) or seen[-1][1]
+    one.fill([f"t39 t40 t41 {MASK} t42 t43 t44"], 0, ["t39 t40 t41 t90 t42 t43 t44"])
+    ((fillings,), (values,)) = seen[0]
+    assert {(filling.words.strip(), filling.before > 0) for filling in fillings} >= {("t66", True), ("t67", False)}
+    for filling, value in zip(fillings, values, strict=True):
+        words = filling.words if filling.before else f"t41 {filling.words} t42"
+        tail = one.tokenizer.encode(f"{words} t43 t44")
+        nll = continuation_nll(model, [one.tokenizer.encode("t39 t40")], [tail]).nll
+        assert value == pytest.approx(-nll.item(), rel=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -18,13 +18,26 @@ from rectify.evaluation.language_model import begin_token
 from rectify.generation.generator import Generator, continue_with, shared_context
 from rectify.generation.prompts import Prompt
 from rectify.methods.method import Decoder
-from rectify.rephrasing.substitutions import Substitutions
+from rectify.rephrasing.substitutions import Change, Substitutions, split_words, word_places
 from rectify.sampling import Sampling
 
 _WORD = re.compile(r"\s*\S+")
 _HEAD, _TAIL = 64, 16  # tokens around a gap that rank its candidates
 _RANKED = 4  # candidates of a gap that the reward model sees
 _ROWS = 192
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """What goes into a gap: words, with the blank that a model writes before them, or nothing.
+
+    `before` and `after` are how many characters around the gap they replace as well.
+    """
+
+    words: str
+    before: int = 0
+    after: int = 0
+    change: Change = field(default=Change(""), compare=False)
 
 
 @dataclass(frozen=True)
@@ -35,15 +48,27 @@ class _Gap:
     tail: str
     removed: str | None
 
-    def filled(self, words: str) -> str:
-        """The text with words, given with the blank that the model wrote before them, or with none."""
+    def filled(self, filling: _Filling) -> str:
+        """The text with words in the gap."""
+        words, tail = filling.words, self.tail[filling.after :]
+        head = self.head[: len(self.head) - filling.before]
         if not words.strip():
-            return self.head.rstrip() + self.tail if self.head.strip() else self.tail.lstrip()
-        if not self.head[-1:].isspace():
-            return self.head + words.lstrip() + self.tail
+            return head.rstrip() + tail if head.strip() else tail.lstrip()
+        if not head[-1:].isspace():
+            return head + words.lstrip() + tail
         # some tokenizers give no blank back before a first word; and the word before a gap is not to be gone on with
         blank = " " if words[0].isalnum() else ""
-        return self.head.rstrip() + blank + words + self.tail
+        return head.rstrip() + blank + words + tail
+
+    def changed(self, change: Change) -> _Filling:
+        """What people put there, with a capital where what it replaces has one."""
+        left, right = len(split_words(change.before)), len(split_words(change.after))
+        before = len(self.head) - word_places(self.head)[-left][0] if left else 0
+        after = word_places(self.tail)[right - 1][1] if right else 0
+        words = change.put
+        if words and f"{self.head[len(self.head) - before :]}{self.removed}"[0].isupper():
+            words = words[0].upper() + words[1:]
+        return _Filling(f" {words}" if words else "", before, after, change)
 
 
 class CausalFiller:
@@ -53,7 +78,8 @@ class CausalFiller:
     one that ends with a word, and nothing at all, are candidates. Of the likeliest ones, by `log p(candidate, text
     after it as far as the next gap | text before it)`, that one is taken for which this, `reward_weight · log(1 −
     toxicity)` sum to the most. Where no text follows, the end token does. With substitutions, what people put in place
-    of the same words are candidates as well, and `substitution_weight · log p(candidate | what was there)` is added.
+    of the same words are candidates as well, some of which replace words beside the gap too (*you* for *your ass*), and
+    `substitution_weight · log p(candidate | what was there)` is added.
 
     Args:
         model, tokenizer: the language model; the tokenizer pads on the left.
@@ -141,57 +167,67 @@ class CausalFiller:
         # the likeliest few of each gap, as a reward costs as much as a likelihood
         values = self._log_likelihood(gaps, candidates)
         if self.substitutions is not None:
-            for gap, words, row in zip(gaps, candidates, values, strict=True):
+            for gap, fillings, row in zip(gaps, candidates, values, strict=True):
                 if gap.removed is not None:
-                    known = self.substitutions.log_probability(words, gap.removed, gap.head, gap.tail)
+                    changes = [filling.change for filling in fillings]
+                    known = self.substitutions.log_probability(changes, gap.removed, gap.head, gap.tail)
                     row += self.substitution_weight * np.array(known)
         ranked = [np.argsort(-row, kind="stable")[:_RANKED] for row in values]
         texts = [
-            gap.filled(words[best]) for gap, words, row in zip(gaps, candidates, ranked, strict=True) for best in row
+            gap.filled(fillings[best])
+            for gap, fillings, row in zip(gaps, candidates, ranked, strict=True)
+            for best in row
         ]
         safety = iter(self._safety(texts))
         found = []
-        for gap, words, row, order in zip(gaps, candidates, values, ranked, strict=True):
+        for gap, fillings, row, order in zip(gaps, candidates, values, ranked, strict=True):
             sums = [row[place] + next(safety) for place in order]
-            found.append(gap.filled(words[order[int(np.argmax(sums))]]))
+            found.append(gap.filled(fillings[order[int(np.argmax(sums))]]))
         return found
 
-    def _candidates(self, generator: Generator, gaps: Sequence[_Gap]) -> list[list[str]]:
-        """What each gap may be filled with: nothing, words as they were drawn, and what people put there."""
+    def _candidates(self, generator: Generator, gaps: Sequence[_Gap]) -> list[list[_Filling]]:
+        """What may go into each gap: nothing, words as they were drawn, and what people put there."""
         found = []
         prompts = [self._prompt(gap) for gap in gaps]
         for gap, continuations in zip(gaps, continue_with(generator, prompts, self.decoder), strict=True):
-            words = {"": None}
+            fillings = {_Filling(""): None}
             for one in continuations:
                 line = one.text.split("\n")[0]
                 ends = [match.end() for match in _WORD.finditer(line)]
                 # the last word may go on beyond what was drawn
                 whole = ends if line != one.text or len(one.token_ids) < generator.max_new_tokens else ends[:-1]
-                words |= dict.fromkeys(line[:end] for end in whole[: self.max_words] if MASK not in line[:end])
+                drawn = (line[:end] for end in whole[: self.max_words] if MASK not in line[:end])
+                fillings |= dict.fromkeys(_Filling(words, change=Change(words)) for words in drawn)
             if self.substitutions is not None and gap.removed is not None:
                 put = self.substitutions.proposals(gap.removed, gap.head, gap.tail)
-                words |= dict.fromkeys(_like(each, gap.removed) for each in put)
-            found.append(list(words))
+                fillings |= dict.fromkeys(map(gap.changed, put))
+            found.append(list(fillings))
         return found
 
-    def _log_likelihood(self, gaps: Sequence[_Gap], candidates: Sequence[Sequence[str]]) -> list[np.ndarray]:
+    def _log_likelihood(self, gaps: Sequence[_Gap], candidates: Sequence[Sequence[_Filling]]) -> list[np.ndarray]:
         """Of each gap, of each candidate with the text after it, in nats."""
         heads, texts = [], []
         most = max(map(len, candidates))
-        for gap, words in zip(gaps, candidates, strict=True):
-            before = self.tokenizer(gap.head.rstrip())["input_ids"] if gap.head.strip() else []
+        for gap, fillings in zip(gaps, candidates, strict=True):
+            # what all candidates leave of the text before the gap
+            head = gap.head[: len(gap.head) - max(filling.before for filling in fillings)].rstrip()
+            before = self.tokenizer(head)["input_ids"] if head else []
             heads.append((before or [self._begin])[-_HEAD:])
-            rows = [self._after(gap, each) for each in words]
+            end = [] if all(gap.tail[filling.after :].strip() for filling in fillings) else self._end
+            rows = [self._after(gap, filling, head) + end for filling in fillings]
             texts.append(rows + rows[:1] * (most - len(rows)))  # each head is read once, for as many texts
         nll = prompted_nll(self.model, heads, texts, batch_size=_ROWS).nll.view(len(gaps), most).numpy()
-        return [-row[: len(words)] for row, words in zip(nll, candidates, strict=True)]
+        return [-row[: len(fillings)] for row, fillings in zip(nll, candidates, strict=True)]
 
-    def _after(self, gap: _Gap, words: str) -> list[int]:
-        """The tokens of a candidate and of the text after it; the end token where there is none."""
-        text = gap.filled(words)[len(gap.head.rstrip()) :] if gap.head.strip() else gap.filled(words)
-        ids = cast(list[int], self.tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"])
-        own = len(cast(list[int], self.tokenizer(words, add_special_tokens=False)["input_ids"])) if words else 0
-        return ids[: own + _TAIL] + ([] if gap.tail.strip() else self._end)
+    def _after(self, gap: _Gap, filling: _Filling, head: str) -> list[int]:
+        """The tokens from a beginning of the text before a gap on, as far as the same place after it."""
+        ids = self._ids(gap.filled(filling)[len(head) :].rstrip())
+        kept = gap.head[len(head) : len(gap.head) - filling.before].rstrip()
+        own = len(self._ids(kept)) + len(self._ids(filling.words))
+        return ids[: own + max(0, _TAIL - len(self._ids(gap.tail[: filling.after])))]
+
+    def _ids(self, text: str) -> list[int]:
+        return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def _safety(self, texts: Sequence[str]) -> np.ndarray:
         """`reward_weight · log(1 − toxicity)` of texts; as of the most toxic ones where it is not known."""
@@ -199,10 +235,3 @@ class CausalFiller:
             return np.zeros(len(texts))
         toxicity = np.nan_to_num(np.asarray(self.toxicity(texts), dtype=np.float64), nan=1.0)
         return self.reward_weight * np.log1p(-np.clip(toxicity, 0, 1 - 1e-6))
-
-
-def _like(words: str, removed: str) -> str:
-    """Words with the blank that a model writes before them, and with a capital where what they replace has one."""
-    if not words:
-        return ""
-    return " " + (words[0].upper() + words[1:] if removed[:1].isupper() else words)

@@ -6,11 +6,11 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.hub import checkpoint_folder
@@ -63,10 +63,22 @@ class Edit:
     put: str
 
 
-class Substitutions:
-    """The probability of words in place of others, given the words beside them.
+class Change(NamedTuple):
+    """What replaces words, and the words right before and after them that it replaces too; `""` for none.
 
-    With `n` the number of edits, `c` what is put in place of `w` between `l` and `r`, and κ the prior:
+    In `care` for `give a damn`, seen from `damn`, `give a` goes with it.
+    """
+
+    put: str
+    before: str = ""
+    after: str = ""
+
+
+class Substitutions:
+    """The probability of changes of words, given the words beside them.
+
+    An edit counts as a change of all of its words, and of any of them with which the others went. With `n` the number
+    of changes, `c` one of the words `w` between `l` and `r`, and κ the prior:
 
         p(c) = max(n(c) / n, 1e-4)
         p(c | w) = (n(w → c) + κ p(c)) / (n(w) + κ)
@@ -84,25 +96,22 @@ class Substitutions:
     Example:
         >>> from rectify.rephrasing.sentences import Sentence
         >>> from rectify.rephrasing.substitutions import Substitutions
-        >>> known = Substitutions.learn([Sentence("this damn thing works", ("this thing works",))])
-        >>> known.proposals("damn", "that ", " car")
-        ['']
+        >>> known = Substitutions.learn([Sentence("nobody gives a damn about it", ("nobody cares about it",))])
+        >>> known.proposals("damn", "she gives a ", " about me")
+        [Change(put='cares', before='gives a', after='')]
     """
 
     def __init__(self, edits: dict[Edit, int], config: SubstitutionsConfig | None = None) -> None:
         if not edits:
             raise InvalidArgumentError("edits: there is none: give sentences whose rewrites keep most of their words")
         self.edits, self.config = edits, config or SubstitutionsConfig()
-        self._all: Counter[str] = Counter()
-        self._of: defaultdict[tuple[str | None, str, str | None], Counter[str]] = defaultdict(Counter)
+        self._all: Counter[Change] = Counter()
+        self._of: defaultdict[tuple[str | None, str, str | None], Counter[Change]] = defaultdict(Counter)
         for edit, count in edits.items():
-            self._all[edit.put] += count
-            for key in (
-                (None, edit.removed, None),
-                (edit.before, edit.removed, None),
-                (None, edit.removed, edit.after),
-            ):
-                self._of[key][edit.put] += count
+            for left, removed, right, change in _changes(edit):
+                self._all[change] += count
+                for key in ((None, removed, None), (left, removed, None), (None, removed, right)):
+                    self._of[key][change] += count
         self._total = self._all.total()
 
     @classmethod
@@ -171,22 +180,31 @@ class Substitutions:
         """What tells tables apart: a SHA-256 of counts and prior, the first 12 hexadecimal digits."""
         return sha256_of([self.config.prior, list(self._records())])[:12]
 
-    def proposals(self, removed: str, before: str, after: str, limit: int = 24) -> list[str]:
-        """What was put in place of these words by anyone, the likeliest first; `""` is nothing.
+    def proposals(self, removed: str, before: str, after: str, limit: int = 24) -> list[Change]:
+        """What was put in place of these words by anyone, the likeliest first.
 
         Args:
             removed: the words.
-            before, after: the text before and after them.
+            before, after: the text before and after them; changes that replace other words there are left out.
             limit: the most that are given.
         """
         known = self._known(removed, before, after)
-        put = self._of.get((None, known[1], None), Counter())
-        return sorted(put, key=lambda words: (-self._probability(words, *known), words))[:limit]
+        left, right = split_words(before), split_words(after)
+        fitting = [
+            change
+            for change in self._of.get((None, known[1], None), ())
+            if left[len(left) - len(change.before.split()) :] == change.before.split()
+            and right[: len(change.after.split())] == change.after.split()
+        ]
+        return sorted(fitting, key=lambda change: (-self._probability(change, *known), change))[:limit]
 
-    def log_probability(self, words: Sequence[str], removed: str, before: str, after: str) -> list[float]:
-        """`log p(c | l, w, r)` of each of some words in place of others, in nats; arguments as in `proposals`."""
+    def log_probability(self, changes: Sequence[Change], removed: str, before: str, after: str) -> list[float]:
+        """`log p(c | l, w, r)` of changes of words, in nats; arguments as in `proposals`."""
         known = self._known(removed, before, after)
-        return [math.log(self._probability(_normal(split_words(each)), *known)) for each in words]
+        return [
+            math.log(self._probability(change._replace(put=_normal(split_words(change.put))), *known))
+            for change in changes
+        ]
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -198,15 +216,11 @@ class Substitutions:
             left, words = words[-2:-1], words[-1:]
         return "".join(left) or _EDGE, " ".join(words), "".join(right) or _EDGE
 
-    def _probability(self, put: str, before: str, removed: str, after: str) -> float:
-        value = max(self._all[put] / self._total, _FLOOR)
-        levels = (
-            ((None, removed, None),),
-            ((before, removed, None), (None, removed, after)),
-        )
-        for keys in levels:
+    def _probability(self, change: Change, before: str, removed: str, after: str) -> float:
+        value = max(self._all[change] / self._total, _FLOOR)
+        for keys in (((None, removed, None),), ((before, removed, None), (None, removed, after))):
             tables = [self._of[key] for key in keys if key in self._of]
-            seen = sum(table[put] for table in tables)
+            seen = sum(table[change] for table in tables)
             total = sum(table.total() for table in tables)
             value = (seen + self.config.prior * value) / (total + self.config.prior)
         return value
@@ -215,9 +229,25 @@ class Substitutions:
         return (asdict(edit) | {"count": count} for edit, count in sorted(self.edits.items()))
 
 
+def _changes(edit: Edit) -> Iterator[tuple[str, str, str, Change]]:
+    """What an edit says of each run of its words: the word before it, the run, the word after it, and the change."""
+    words = edit.removed.split()
+    for start in range(len(words)):
+        for end in range(start + 1, len(words) + 1):
+            left = words[start - 1] if start else edit.before
+            right = words[end] if end < len(words) else edit.after
+            change = Change(edit.put, " ".join(words[:start]), " ".join(words[end:]))
+            yield left, " ".join(words[start:end]), right, change
+
+
 def split_words(text: str) -> list[str]:
     """Words and marks of a text, in lower case; what hides letters in words belongs to them."""
-    return _WORD.findall(text.lower())
+    return [text[start:end].lower() for start, end in word_places(text)]
+
+
+def word_places(text: str) -> list[tuple[int, int]]:
+    """Where the words and marks of a text are: start and end."""
+    return [match.span() for match in _WORD.finditer(text)]
 
 
 def _normal(words: Sequence[str]) -> str:
