@@ -39,14 +39,13 @@ def make_parser() -> Parser:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    pairs = [one.partition("=") for one in arguments.detector]
-    for name, _, folder in pairs:
-        if not name or not folder:
-            raise InvalidArgumentError(f"detector is {name + folder!r}: give NAME=FOLDER")
+    places = dict(one.partition("=")[::2] for one in arguments.detector)
+    if not all(name and folder for name, folder in places.items()) or len(places) < len(arguments.detector):
+        raise InvalidArgumentError(f"detector is {arguments.detector}: give NAME=FOLDER, each name once")
     rows = read_annotated_texts(arguments.texts)
     texts = [row.text for row in rows]
     predictions, about = {}, {}
-    for name, _, folder in pairs:
+    for name, folder in places.items():
         detector = SpanDetector.from_pretrained(folder, device=available_device(arguments.device))
         begin = time.perf_counter()
         predictions[name] = detector.find(texts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,6 +41,19 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """
     # what is no valid Unicode is written in ASCII
     write_whole(path, json.dumps(value, indent=indent, ensure_ascii=indent is None) + "\n")
+
+
+def write_figures(path: Path, value: Any) -> None:
+    """Write a JSON value as `write_json` does, with `null` for numbers that are undefined, as JSON knows no NaN."""
+    write_json(path, _defined(value))
+
+
+def _defined(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _defined(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_defined(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(path: Path, text: str) -> None:

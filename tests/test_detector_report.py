@@ -11,6 +11,7 @@ from rectify.evaluation.detector_intervals import detector_difference, detector_
 from rectify.evaluation.detector_report import compare_detectors
 from rectify.evaluation.functional_tests import FunctionalTest, functional_accuracy, read_functional_tests
 from rectify.evaluation.intervals import macro_f1
+from rectify.json_files import write_figures
 from rectify.scoring.scores import Reason, Scores
 from rectify.text_files import LabelledText
 
@@ -30,6 +31,12 @@ def test_texts_without_a_score_are_counted_and_left_out():
     assert (figures["n"], figures["unscored"]) == (3, 1)
     assert figures["accuracy"]["value"] == pytest.approx(2 / 3)  # 0.5 counts as toxic
     assert detector_figures(np.array([np.nan]), np.array([1.0])) == {"n": 0, "unscored": 1}
+
+
+def test_undefined_figures_are_null_in_files(tmp_path):
+    write_figures(tmp_path / "f.json", {"auc": float("nan"), "rows": [(1.5, np.inf), "nan"], "n": 3})
+    text = (tmp_path / "f.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"auc": None, "rows": [[1.5, None], "nan"], "n": 3}
 
 
 def test_a_difference_is_paired():

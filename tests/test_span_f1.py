@@ -111,6 +111,7 @@ def test_the_script_measures_detectors_beside_baselines(tmp_path, capsys):
     assert list(report["detectors"]) == names
     assert report["detectors"]["word list"]["f1"]["value"] == pytest.approx((1 + 1 + 2 / 3) / 3)
     assert report["detectors"]["mine"]["head"] == "token"
-    code, _, error = run_command(script.main, capsys, *given, "--detector", "mine")
-    assert (code, error.count("\n")) == (2, 1)
-    assert "NAME=FOLDER" in error
+    for wrong in (["mine"], ["mine=a", "mine=b"]):
+        code, _, error = run_command(script.main, capsys, *given, "--detector", *wrong)
+        assert (code, error.count("\n")) == (2, 1)
+        assert "NAME=FOLDER, each name once" in error

@@ -21,6 +21,7 @@ SENTENCES = [
     Sentence("this bad one is here", ("this one is here", "this poor one is here")),
     Sentence("a bad one is not here !", ("a poor one is not here !",)),
     Sentence("what a bad", ("what a pity",)),
+    Sentence("he had a bad", ("he had a pity",)),
     Sentence("that awful bad thing works now", ("that thing works now",)),
     Sentence("one two three", ("quite another text",)),
 ]
@@ -39,7 +40,7 @@ def test_edits_are_those_of_aligned_words(known):
         Edit("this", "bad", "one", ""): 1,
         Edit("this", "bad", "one", "poor"): 1,
     }
-    assert known.config.training == {"rewrites": 6, "aligned": 5, "edits": 5}
+    assert known.config.training == {"rewrites": 7, "aligned": 5, "edits": 5}
 
 
 def seen_from(edit):
@@ -122,7 +123,7 @@ def test_saved_and_loaded_through_the_command(tmp_path, capsys):
     (tmp_path / "pairs.tsv").write_text("\n".join(lines))
     files = ["--train_files", str(tmp_path / "pairs.tsv"), "--output_dir", str(tmp_path / "k")]
     assert main(["train", "substitutions", *files]) == 0
-    assert "5 sentences; 5 of 6 rewrites keep enough of their words; 5 edits" in capsys.readouterr().err
+    assert "6 sentences; 5 of 7 rewrites keep enough of their words; 5 edits" in capsys.readouterr().err
     loaded = Substitutions.from_pretrained(tmp_path / "k")
     expected = Substitutions.learn(SENTENCES)
     assert loaded.edits == expected.edits

@@ -14,7 +14,7 @@ from rectify.detectors.cascade import accuracy_cost
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.cascade import GAIN_AT, Judged, cascade_figures, cascade_table
 from rectify.evaluation.cascade_plots import draw_curves
-from rectify.json_files import write_json, write_whole
+from rectify.json_files import write_figures, write_whole
 from rectify.scoring.cascade import SCORES_FILE, calibrated, confidence, correct, toxicity_by
 from rectify.splits import Split, split_of
 from rectify.text_files import TEXT_COLUMN, LabelledText, one_a_file, read_labelled_texts
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
         curve = accuracy_cost(sure, right, correct(judged.large, judged.toxic), arguments.large_cost)
         picture = re.sub(r"[^\w-]", "_", name)
         draw_curves(sure, right, curve, GAIN_AT, arguments.output_dir / f"{picture}.png")
-    write_json(arguments.output_dir / "cascade.json", report)
+    write_figures(arguments.output_dir / "cascade.json", report)
     write_whole(arguments.output_dir / "cascade.md", cascade_table(report) + "\n")
     print(cascade_table(report))
 

@@ -14,7 +14,7 @@ from rectify.evaluation.detector_intervals import THRESHOLD, detector_difference
 from rectify.evaluation.functional_tests import FunctionalTest, functional_accuracy
 from rectify.evaluation.plotting import can_plot
 from rectify.evaluation.run_tables import Table
-from rectify.json_files import sha256_of, write_json
+from rectify.json_files import sha256_of, write_figures
 from rectify.scoring.scores import Scorer
 from rectify.text_files import LabelledText
 
@@ -96,7 +96,7 @@ def compare_detectors(
             one.name: functional_accuracy(list(functional), _score(one.scorer, texts)) for one in scored
         }
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "metrics.json", metrics)
+    write_figures(output_dir / "metrics.json", metrics)
     tables = detector_tables(metrics)
     report = "\n".join(f"## {table.title}\n\n{table.markdown()}\n{table.note}\n" for table in tables)
     (output_dir / "report.md").write_text(f"# Detectors\n\n{report}", encoding="utf-8")

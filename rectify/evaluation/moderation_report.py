@@ -15,7 +15,7 @@ from rectify.evaluation.moderation import flagged_differences, flagged_estimates
 from rectify.evaluation.moderation_agreement import OURS, Agreement, agreement_of, agreement_plot, read_judged
 from rectify.evaluation.plotting import can_plot
 from rectify.evaluation.run_tables import Table
-from rectify.json_files import sha256_of, write_json
+from rectify.json_files import sha256_of, write_figures, write_json
 from rectify.training.moderation import read_judged_pairs
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,8 @@ def compare_moderations(
         thresholds[name] = moderation.config.threshold_values(threshold)
     for name, moderation in moderations.items():
         values = thresholds[name]
-        probabilities = moderation.label_probabilities(cast(Any, [row.pair for row in rows]), batch_size)
+        pairs = cast(Any, [row.pair for row in rows])
+        probabilities = moderation.label_probabilities(pairs, batch_size, progress=True)
         truth = harmful[:, [categories.index(label) for label in moderation.config.labels]]
         decisions[name] = np.asarray((probabilities > values).any(-1)), probabilities.max(-1)
         found[name] = {
@@ -94,7 +95,7 @@ def compare_moderations(
                     decisions[name], decisions[reference], flags, prompts, seed=seed
                 )
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "metrics.json", metrics)
+    write_figures(output_dir / "metrics.json", metrics)
     report = _markdown(f"Moderation of {len(rows)} pairs", _tables(metrics))
     (output_dir / "report.md").write_text(report, encoding="utf-8")
     return report
@@ -143,7 +144,7 @@ def judge_answers(
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "predictions.json", predictions)
     write_json(output_dir / "evaluation.json", records)
-    write_json(
+    write_figures(
         output_dir / "agreement.json",
         {"models": agreement.metrics(), "missing_models": agreement.missing, "unjudged": agreement.unjudged},
     )

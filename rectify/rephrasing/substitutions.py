@@ -38,7 +38,7 @@ class SubstitutionsConfig:
     """
 
     prior: float = 5.0
-    min_ratio: float = 0.6
+    min_ratio: float = 0.7
     max_words: int = 3
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = _FORMAT
