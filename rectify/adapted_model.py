@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from rectify.adapters import load_adapter
 from rectify.errors import CheckpointError, RectifyError, VocabularyMismatchError, first_line
-from rectify.hub import model_place
+from rectify.hub import check_weights, model_place, weights_fingerprint
 from rectify.json_files import check_format_version, write_json
 from rectify.vocabulary import Fingerprint
 
@@ -28,6 +28,7 @@ class AdapterConfig:
         base_model: Hub id, folder or bundled name of the frozen language model.
         base_revision: revision of `base_model` on the Hub.
         vocabulary: fingerprint of its tokenizer.
+        base_fingerprint: of its weights, see `hub.weights_fingerprint`; `None` to take any.
         training: free-form record of how the weights came to be.
         format_version: of the folder's files.
     """
@@ -42,6 +43,7 @@ class AdapterConfig:
     base_model: str
     vocabulary: Fingerprint
     base_revision: str | None = None
+    base_fingerprint: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -86,8 +88,16 @@ class AdapterConfig:
             )
 
 
+class OnBase(Protocol):
+    """What says on which language model an adapter was trained; see `AdapterConfig`."""
+
+    base_model: str
+    base_revision: str | None
+    base_fingerprint: str | None
+
+
 def load_adapted(
-    folder: Path, base_model: str, base_revision: str | None = None, dtype: torch.dtype = torch.float32
+    folder: Path, config: OnBase, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The language model under the adapter of a folder, frozen, in evaluation mode, and its tokenizer.
 
@@ -95,19 +105,28 @@ def load_adapted(
 
     Args:
         folder: written by `rectify.adapters.save_adapter`.
-        base_model, base_revision, dtype: see `load_base`.
+        config: what it was trained on.
+        dtype: see `load_base`.
 
     Raises:
-        CheckpointError: nothing usable is there.
+        CheckpointError: nothing usable is there, or the language model has other weights than in the training.
     """
     try:
-        base, tokenizer = load_base(base_model, base_revision, dtype)
+        base, tokenizer = load_base(config.base_model, config.base_revision, dtype)
+        if config.base_fingerprint is not None:  # else nothing asks for it
+            now = base_fingerprint(config.base_model, config.base_revision, base)
+            check_weights(config.base_model, config.base_fingerprint, now)
         model = load_adapter(base, folder)
     except (RectifyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{str(folder)!r} could not be loaded ({reason}): is the training complete?") from error
     whole = model.get_base_model() if torch.finfo(dtype).bits < 32 else model.merge_and_unload()
     return cast(PreTrainedModel, cast(Any, whole).requires_grad_(False).eval()), tokenizer
+
+
+def base_fingerprint(name: str, revision: str | None, model: PreTrainedModel) -> str | None:
+    """What the weights of a language model from `load_base` are known again by."""
+    return weights_fingerprint(model_place(name, revision), model.config)
 
 
 def load_base(

@@ -10,7 +10,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 
@@ -21,6 +27,7 @@ POCKET = {
     "pocket-reward": "reward",
     "pocket-scorer": "scorer",
 }
+_WEIGHTS = {".safetensors", ".bin"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,6 +85,34 @@ def files_digest(*folders: Path, suffixes: Collection[str]) -> str:
             with path.open("rb") as file:
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def weights_fingerprint(place: str | Path, config: PreTrainedConfig) -> str | None:
+    """What the weights of a model are known again by: `files_digest` of those in a folder, or their commit on the Hub.
+
+    Args:
+        place: see `model_place`.
+        config: of the model as it was loaded.
+    """
+    return files_digest(place, suffixes=_WEIGHTS) if isinstance(place, Path) else config._commit_hash
+
+
+def check_weights(name: str, trained_on: str | None, fingerprint: str | None) -> None:
+    """Refuse what was trained on other weights of a model than those that are there now.
+
+    Args:
+        name: of the model.
+        trained_on: fingerprint of the weights of the training; `None` to take any.
+        fingerprint: of those that are there.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if trained_on not in (None, fingerprint):
+        raise CheckpointError(
+            f"it was trained on weights {trained_on} of {name!r}, and those there now are {fingerprint}: put the "
+            "former back, name their place in the configuration, or train anew"
+        )
 
 
 def load_language_model(

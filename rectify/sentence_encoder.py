@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.adapters import quiet_loading
-from rectify.detectors.backbone import fingerprint_of
 from rectify.detectors.classifier import batches_by_length
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
-from rectify.hub import model_place
+from rectify.hub import model_place, weights_fingerprint
 
 
 class SentenceEncoder(nn.Module):
@@ -26,7 +25,7 @@ class SentenceEncoder(nn.Module):
         model: any encoder, or the trunk of a causal model, of the Hugging Face form.
         tokenizer: its tokenizer.
         max_length: tokens of a text that are read, from its start.
-        fingerprint: of its weights, see `fingerprint_of`.
+        fingerprint: of its weights, see `hub.weights_fingerprint`.
 
     Source: Reimers and Gurevych, Sentence-BERT, EMNLP 2019 (arXiv 1908.10084).
 
@@ -87,7 +86,7 @@ class SentenceEncoder(nn.Module):
             ) from error
         if model.config.is_encoder_decoder:
             raise InvalidArgumentError(f"encoder {name!r} is an encoder-decoder: give an encoder or a causal model")
-        encoder = cls(model, tokenizer, max_length, fingerprint_of(place, model.config))
+        encoder = cls(model, tokenizer, max_length, weights_fingerprint(place, model.config))
         return encoder.requires_grad_(False).to(device=device).eval()
 
     @property

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -352,6 +353,14 @@ def test_the_recorded_losses_are_those_of_the_loaded_models(trained, bases, toke
                     count += len(ids) - 1
             found = ExpertsConfig.from_pretrained(trained).training[side][name]
             assert found == pytest.approx(total / count, abs=1e-4)
+
+
+def test_other_weights_under_the_experts_are_refused(trained, tmp_path, make_tokenizer):
+    shutil.copytree(trained, tmp_path / "d")
+    path = tmp_path / "d" / "experts_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_fingerprint": "0"}))
+    with pytest.raises(CheckpointError, match="was trained on weights 0 of"):
+        load_experts(tmp_path / "d", make_tokenizer())
 
 
 @pytest.mark.parametrize(("side", "step"), [("expert", 3), ("anti_expert", 6)])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -408,6 +409,14 @@ def test_a_detector_is_a_scorer_and_a_verb_writes_records_and_a_table(trained, t
     assert json.loads(out)["label"] == "unparsed"
     assert "texts: 1, 1 unparsed" in err
     assert "add --do_sample" in run_command(main, capsys, *call[:-2], "--top_p", "0.5")[2]
+
+
+def test_other_weights_under_the_adapter_are_refused(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "d")
+    path = tmp_path / "d" / "instruction_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_fingerprint": "0"}))
+    with pytest.raises(CheckpointError, match="was trained on weights 0 of"):
+        InstructionDetector.from_pretrained(tmp_path / "d")
 
 
 def test_folders_without_a_detector_are_refused(tmp_path):

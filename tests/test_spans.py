@@ -287,6 +287,15 @@ def test_a_damaged_folder_is_refused(make_detector, tmp_path, harm):
     assert str(tmp_path / "d") in str(caught.value)
 
 
+def test_an_adapter_of_another_trunk_is_refused(make_detector, tmp_path):
+    detector = make_detector(lora_r=2)
+    detector.config.base_fingerprint = "0"
+    detector.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="was trained on weights 0 of"):
+        SpanDetector.from_pretrained(tmp_path)
+    assert make_detector(lora_r=0).config.base_fingerprint is None  # the trunk is saved too
+
+
 def test_unusable_backbones_and_settings_are_refused(backbones, tmp_path):
     for settings in (
         {"max_length": 161},

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from rectify.adapters import add_adapter
 from rectify.builders.cmd_records import ChainExample, to_json
 from rectify.chain import frame
 from rectify.cli import main
-from rectify.errors import InvalidArgumentError
+from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.hub import checkpoint_folder
 from rectify.methods.self_detoxifier import DetoxifierConfig, load_detoxifier
 from rectify.sentence_encoder import masked_mean
@@ -313,6 +314,21 @@ def test_what_is_saved_is_what_was_trained(trained, base):
 
 
 # --- what is refused
+
+
+def test_other_weights_under_the_adapter_are_refused(trained, base, make_model, tmp_path):
+    tokenizer = load_base(str(base))[1]
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(trained[0], tmp_path / "d")
+    path = tmp_path / "d" / "cmd_config.json"
+    config = json.loads(path.read_text()) | {"base_model": str(tmp_path / "base")}
+    path.write_text(json.dumps(config))
+    load_detoxifier(tmp_path / "d", tokenizer)
+    make_model("llama", seed=9, vocab_size=8192, pad_token_id=0).save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"was trained on weights .* put the former back"):
+        load_detoxifier(tmp_path / "d", tokenizer)
+    path.write_text(json.dumps(config | {"base_fingerprint": None}))  # as older folders are
+    load_detoxifier(tmp_path / "d", tokenizer)
 
 
 def test_nothing_to_shun_is_refused_but_for_the_ablation(settings, tmp_path):

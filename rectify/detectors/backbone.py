@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,11 +19,9 @@ from transformers.utils import is_bitsandbytes_available
 
 from rectify.adapters import quiet_loading
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
-from rectify.hub import files_digest, model_place
+from rectify.hub import model_place, weights_fingerprint
 
 Quantization = Literal["none", "nf4"]
-
-_WEIGHTS = {".safetensors", ".bin"}
 
 
 class Backbone(NamedTuple):
@@ -34,7 +31,7 @@ class Backbone(NamedTuple):
         model: a sequence classifier of transformers with a new head.
         tokenizer: its tokenizer.
         fresh: the modules whose weights no checkpoint holds, the head first.
-        fingerprint: see `fingerprint_of`.
+        fingerprint: see `hub.weights_fingerprint`.
     """
 
     model: PreTrainedModel
@@ -100,12 +97,7 @@ def load_backbone(
     _leave_unpacked(model)
     body = f"{model.base_model_prefix}."
     lacking = {key.rpartition(".")[0] for key in report["missing_keys"] if key.startswith(body)}
-    return Backbone(model, tokenizer, _head(model) + sorted(lacking), fingerprint_of(place, config))
-
-
-def fingerprint_of(place: str | Path, config: PreTrainedConfig) -> str | None:
-    """`files_digest` of the weights in a folder, or the commit of a model that came from the Hub."""
-    return files_digest(place, suffixes=_WEIGHTS) if isinstance(place, Path) else config._commit_hash
+    return Backbone(model, tokenizer, _head(model) + sorted(lacking), weights_fingerprint(place, config))
 
 
 def _head(model: PreTrainedModel) -> list[str]:

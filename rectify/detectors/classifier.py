@@ -21,7 +21,7 @@ from rectify.adapters import ADAPTER_FILE, WEIGHTS_FILE, add_adapter, put_adapte
 from rectify.detectors.backbone import Quantization, load_backbone
 from rectify.detectors.config import DetectorConfig, Form
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
-from rectify.hub import checkpoint_folder
+from rectify.hub import check_weights, checkpoint_folder
 
 CONFIG_FILE, MODEL_CONFIG_FILE = "detector_config.json", "config.json"
 
@@ -411,9 +411,5 @@ def load_base(config: DetectorConfig, dtype: torch.dtype) -> tuple[PreTrainedMod
     inner, tokenizer, _, fingerprint = load_backbone(
         config.base_model, config.base_revision, len(config.labels), dtype, config.quantization
     )
-    if config.base_fingerprint not in (None, fingerprint):
-        raise CheckpointError(
-            f"it was trained on weights {config.base_fingerprint} of {config.base_model!r}, and those there now are "
-            f"{fingerprint}: put the former back, name their place as base_model in {CONFIG_FILE}, or train anew"
-        )
+    check_weights(config.base_model, config.base_fingerprint, fingerprint)
     return inner, tokenizer

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rectify.detectors.classifier import refusing
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
-from rectify.hub import checkpoint_folder
+from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.hub import check_weights, checkpoint_folder
 from rectify.json_files import check_format_version, write_json
 from rectify.sentence_encoder import SentenceEncoder
 
@@ -99,11 +99,7 @@ class AdapterGate(nn.Module):
             encoder = SentenceEncoder.from_pretrained(
                 config.encoder, revision=config.encoder_revision, max_length=config.max_length
             )
-            if config.encoder_fingerprint not in (None, encoder.fingerprint):
-                raise RectifyError(
-                    f"it was trained on weights {config.encoder_fingerprint} of {config.encoder!r}, and those there "
-                    f"now are {encoder.fingerprint}: put the former back, or train anew"
-                )
+            check_weights(config.encoder, config.encoder_fingerprint, encoder.fingerprint)
             gate = cls(config, encoder)
             gate.network.load_state_dict(load_file(folder / WEIGHTS_FILE))
         return gate.requires_grad_(False).to(device=device).eval()

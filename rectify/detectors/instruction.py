@@ -44,6 +44,7 @@ class InstructionConfig:
         max_length: tokens of a text that are read, from its start.
         chat: whether the question is put as the user's message of the tokenizer's chat template.
         temperature: that the labels' log-probabilities are divided by.
+        base_fingerprint: of the weights of `base_model`, see `hub.weights_fingerprint`; `None` to take any.
         training: free-form record of how the weights came to be.
         format_version: of the folder's files.
     """
@@ -54,6 +55,7 @@ class InstructionConfig:
     max_length: int = 256
     chat: bool = False
     temperature: float = 1.0
+    base_fingerprint: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -159,7 +161,7 @@ class InstructionDetector:
         """
         config = InstructionConfig.from_pretrained(name, revision)
         folder = checkpoint_folder(name, revision)
-        model, tokenizer = load_adapted(folder, config.base_model, config.base_revision, dtype)
+        model, tokenizer = load_adapted(folder, config, dtype)
         return cls(config, model.to(device), tokenizer)  # type: ignore[arg-type]
 
     # -----------------------------------------------------------------------------------------------------------------

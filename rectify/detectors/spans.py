@@ -21,7 +21,7 @@ from rectify.detectors.classifier import batches_by_length
 from rectify.detectors.span_decoding import EncodedTexts, Span, encode_windows, spans_of, word_scores
 from rectify.detectors.span_heads import HEADS, SegmentHead, TokenHead
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
-from rectify.hub import checkpoint_folder, model_place
+from rectify.hub import check_weights, checkpoint_folder, model_place, weights_fingerprint
 from rectify.json_files import check_format_version
 
 __all__ = ["Span", "SpanConfig", "SpanDetector"]
@@ -37,6 +37,8 @@ class SpanConfig:
     Attributes:
         base_model: Hub id, folder or bundled name of the trunk, whose tokenizer is used.
         base_revision: revision of `base_model` on the Hub.
+        base_fingerprint: of the weights of `base_model`, where an adapter of them was trained; see
+            `hub.weights_fingerprint`. `None` to take any.
         head: `"token"`, plain token classification, or `"segment"`, Segment-CNN.
         adapter: only an adapter was trained, and the trunk is still at `base_model`; else it is saved with the head.
         max_length: tokens of a window, special ones included.
@@ -53,6 +55,7 @@ class SpanConfig:
     max_length: int = 256
     overlap: int = 64
     threshold: float = 0.5
+    base_fingerprint: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -136,8 +139,10 @@ class SpanDetector(nn.Module):
         """
         config = SpanConfig(name, revision, head, bool(lora_r), max_length, overlap)
         trunk: PreTrainedModel | PeftModel
-        trunk, tokenizer = _load_trunk(model_place(name, revision), revision, torch.float32, name)
+        place = model_place(name, revision)
+        trunk, tokenizer = _load_trunk(place, revision, torch.float32, name)
         if lora_r:
+            config.base_fingerprint = weights_fingerprint(place, trunk.config)
             trunk = add_adapter(
                 trunk,
                 name,
@@ -179,6 +184,8 @@ class SpanDetector(nn.Module):
             if config.adapter:
                 place = model_place(config.base_model, config.base_revision)
                 trunk, tokenizer = _load_trunk(place, config.base_revision, dtype, config.base_model)
+                if config.base_fingerprint is not None:  # else nothing asks for it
+                    check_weights(config.base_model, config.base_fingerprint, weights_fingerprint(place, trunk.config))
                 trunk = load_adapter(trunk, folder)
                 trunk.merge_adapter()
             else:

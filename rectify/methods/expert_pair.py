@@ -49,7 +49,5 @@ def load_experts(
     folder = checkpoint_folder(name)
     config = ExpertsConfig.from_pretrained(folder)
     config.check(tokenizer)
-    expert, anti_expert = (
-        load_adapted(folder / side, config.base_model, config.base_revision, dtype)[0] for side in (EXPERT, ANTI_EXPERT)
-    )
+    expert, anti_expert = (load_adapted(folder / side, config, dtype)[0] for side in (EXPERT, ANTI_EXPERT))
     return expert.to(device), anti_expert.to(device)  # type: ignore[arg-type]

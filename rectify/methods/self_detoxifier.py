@@ -43,5 +43,5 @@ def load_detoxifier(
     folder = checkpoint_folder(name)
     config = DetoxifierConfig.from_pretrained(folder)
     config.check(tokenizer)
-    model, _ = load_adapted(folder, config.base_model, config.base_revision, dtype)
+    model, _ = load_adapted(folder, config, dtype)
     return model.to(device)  # type: ignore[arg-type]

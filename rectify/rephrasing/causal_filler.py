@@ -137,7 +137,7 @@ class CausalFiller:
         """
         parts = [text.split(MASK) for text in masked]
         removed: list[list[str]] | None = None
-        if originals is not None:
+        if originals is not None and self.substitutions is not None:
             removed = [masked_words(*pair) for pair in zip(originals, masked, strict=True)]
         done: list[str | None] = [row[0] for row in parts]
         context = shared_context(self.model, self.decoder.reads)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
-from rectify.adapted_model import load_base
+from rectify.adapted_model import base_fingerprint, load_base
 from rectify.adapters import add_adapter, save_adapter
 from rectify.builders.cmd_records import ChainExample, to_json
 from rectify.builders.cmd_stages import check_contrast
@@ -140,7 +140,7 @@ def train_chains(
     results |= trainer.predict(cast(Any, held), metric_key_prefix="eval").metrics or {}
     with model.disable_adapter():
         before = trainer.predict(cast(Any, held), metric_key_prefix="base").metrics or {}
-    config = DetoxifierConfig(name, Fingerprint.of(tokenizer), revision)
+    config = DetoxifierConfig(name, Fingerprint.of(tokenizer), revision, base_fingerprint(name, revision, base))
     config.training = {
         "chains": len(data),
         "toxic": sum(item["toxic"] for item in data.items),

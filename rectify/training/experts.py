@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from rectify.adapted_model import load_base
+from rectify.adapted_model import base_fingerprint, load_base
 from rectify.adapters import save_adapter
 from rectify.errors import InvalidArgumentError
 from rectify.json_files import sha256_of, write_json
@@ -69,14 +69,15 @@ def train_experts(
         CheckpointError: nothing usable is at `model_name_or_path`.
     """
     folder = folder_of_several(arguments, CONFIG_FILE)
-    _, tokenizer = _load(settings)
+    base, tokenizer = _load(settings)
     parts: dict[str, dict[str, EncodedTexts]] = {EXPERT: {}, ANTI_EXPERT: {}}
     for kind, rows in (("train", train), ("validation", validation)):
         for side, word in ((EXPERT, "non-toxic"), (ANTI_EXPERT, "toxic")):
             texts = [text for text, label in rows if (label >= TOXIC) == (side == ANTI_EXPERT)]
             # all of it before a training: what is missing is to be missed now
             parts[side][kind] = EncodedTexts(tokenizer, texts, settings.max_length, f"{kind} has no {word} text")
-    config = ExpertsConfig(settings.model_name_or_path, Fingerprint.of(tokenizer), settings.model_revision)
+    name, revision = settings.model_name_or_path, settings.model_revision
+    config = ExpertsConfig(name, Fingerprint.of(tokenizer), revision, base_fingerprint(name, revision, base))
     for side, data in parts.items():
         config.training[side] = _train_one(settings, arguments, side, data["train"], data["validation"], callbacks)
     if arguments.should_save:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
-from rectify.adapted_model import load_base
+from rectify.adapted_model import base_fingerprint, load_base
 from rectify.adapters import load_adapter
 from rectify.detectors.cascade import predicted
 from rectify.detectors.instruction import InstructionConfig, InstructionDetector
@@ -168,6 +168,7 @@ class _Stage:
         base, tokenizer = load_base(name, revision)
         model = with_adapter(base, settings) if start is None else load_adapter(base, start, trainable=True)
         config = InstructionConfig(name, self.template, revision, settings.max_length, settings.chat)
+        config.base_fingerprint = base_fingerprint(name, revision, base)
         # the model inside, as peft's own does not say that it takes positions
         return model, InstructionDetector(config, cast(PreTrainedModel, model.get_base_model()), tokenizer)
 
