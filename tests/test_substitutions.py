@@ -43,6 +43,13 @@ def test_edits_are_those_of_aligned_words(known):
     assert known.config.training == {"rewrites": 7, "aligned": 5, "edits": 5}
 
 
+def test_a_last_mark_that_is_left_out_is_no_change():
+    known = Substitutions.learn([Sentence("that thing is just bad .", ("that thing is just wrong",))])
+    assert known.edits == {Edit("just", "bad", ".", "wrong"): 1}
+    with pytest.raises(InvalidArgumentError, match="there is none"):
+        Substitutions.learn([Sentence("that thing works !", ("that thing works",))])
+
+
 def seen_from(edit):
     """All of what an edit says: before, removed, after, change."""
     words = [edit.before, *edit.removed.split(), edit.after]

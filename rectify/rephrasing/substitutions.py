@@ -134,7 +134,12 @@ class Substitutions:
                     continue
                 aligned += 1
                 for kind, start, end, new_start, new_end in matcher.get_opcodes():
-                    if kind in ("replace", "delete") and max(end - start, new_end - new_start) <= config.max_words:
+                    if kind not in ("replace", "delete"):
+                        continue
+                    if end == len(old):  # that the last mark of a text is left out says nothing of its words
+                        while end > start and not _normal(old[end - 1 : end]):
+                            end -= 1
+                    if start < end and max(end - start, new_end - new_start) <= config.max_words:
                         before = old[start - 1] if start else _EDGE
                         after = old[end] if end < len(old) else _EDGE
                         removed, put = " ".join(old[start:end]), _normal(new[new_start:new_end])
