@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from rectify.adapters import load_adapter
 from rectify.errors import CheckpointError, RectifyError, VocabularyMismatchError, first_line
-from rectify.hub import check_weights, model_place, weights_fingerprint
+from rectify.hub import check_weights, current_fingerprint, model_place
 from rectify.json_files import check_format_version, write_json
 from rectify.vocabulary import Fingerprint
 
@@ -114,7 +114,7 @@ def load_adapted(
     try:
         base, tokenizer = load_base(config.base_model, config.base_revision, dtype)
         if config.base_fingerprint is not None:  # else nothing asks for it
-            now = base_fingerprint(config.base_model, config.base_revision, base)
+            now = current_fingerprint(config.base_model, config.base_revision)
             check_weights(config.base_model, config.base_fingerprint, now)
         model = load_adapter(base, folder)
     except (RectifyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
@@ -122,11 +122,6 @@ def load_adapted(
         raise CheckpointError(f"{str(folder)!r} could not be loaded ({reason}): is the training complete?") from error
     whole = model.get_base_model() if torch.finfo(dtype).bits < 32 else model.merge_and_unload()
     return cast(PreTrainedModel, cast(Any, whole).requires_grad_(False).eval()), tokenizer
-
-
-def base_fingerprint(name: str, revision: str | None, model: PreTrainedModel) -> str | None:
-    """What the weights of a language model from `load_base` are known again by."""
-    return weights_fingerprint(model_place(name, revision), model.config)
 
 
 def load_base(

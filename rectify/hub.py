@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -97,6 +98,19 @@ def weights_fingerprint(place: str | Path, config: PreTrainedConfig) -> str | No
     return files_digest(place, suffixes=_WEIGHTS) if isinstance(place, Path) else config._commit_hash
 
 
+def current_fingerprint(name: str, revision: str | None = None) -> str | None:
+    """`weights_fingerprint` of a model that is not loaded.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+    """
+    place = model_place(name, revision)
+    try:
+        return weights_fingerprint(place, AutoConfig.from_pretrained(place, revision=revision or "main"))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"model {name!r} has no usable configuration ({first_line(error)})") from error
+
+
 def check_weights(name: str, trained_on: str | None, fingerprint: str | None) -> None:
     """Refuse what was trained on other weights of a model than those that are there now.
 
@@ -111,7 +125,7 @@ def check_weights(name: str, trained_on: str | None, fingerprint: str | None) ->
     if trained_on not in (None, fingerprint):
         raise CheckpointError(
             f"it was trained on weights {trained_on} of {name!r}, and those there now are {fingerprint}: put the "
-            "former back, name their place in the configuration, or train anew"
+            "former back, or train anew; in the configuration, null in place of the former takes any"
         )
 
 

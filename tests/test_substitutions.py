@@ -6,11 +6,13 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from rectify.builders.masking import MASK, Span, mask_spans, masked_words
 from rectify.cli import main
 from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.evaluation.fluency import continuation_nll
+from rectify.hub import checkpoint_folder
 from rectify.methods.base import Base
 from rectify.rephrasing.causal_filler import CausalFiller
 from rectify.rephrasing.load import check_filler
@@ -44,8 +46,12 @@ def test_edits_are_those_of_aligned_words(known):
 
 
 def test_a_last_mark_that_is_left_out_is_no_change():
-    known = Substitutions.learn([Sentence("that thing is just bad .", ("that thing is just wrong",))])
+    known = Substitutions.learn([Sentence("this thing there is just bad .", ("this thing there is just wrong",))])
     assert known.edits == {Edit("just", "bad", ".", "wrong"): 1}
+    known = Substitutions.learn([Sentence("this thing there is just bad .", ("this thing there is just wrong !",))])
+    assert known.edits == {Edit("just", "bad", ".", "wrong"): 1}
+    known = Substitutions.learn([Sentence("that thing is just ****", ("that thing is just wrong",))])
+    assert known.edits == {Edit("just", "****", "", "wrong"): 1}
     with pytest.raises(InvalidArgumentError, match="there is none"):
         Substitutions.learn([Sentence("that thing works !", ("that thing works",))])
 
@@ -100,7 +106,7 @@ def test_probabilities_are_those_of_the_definition(edits, prior, place, change):
     before, removed, after = place
     one = Substitutions(edits, SubstitutionsConfig(prior=prior))
     around = removed.upper(), f"b a {before} ", f" {after} a"
-    (found,) = one.log_probability([change._replace(put=f" {change.put.upper()}")], *around)
+    (found,) = one.log_probability([change], *around)
     assert found == pytest.approx(math.log(slow(edits, prior, change, removed, before, after)))
     proposals = one.proposals(*around)
     assert set(proposals) == {
@@ -120,9 +126,28 @@ def test_of_unknown_words_the_last_counts_and_marks_alone_are_nothing(known):
     assert known.proposals("quite bad", "this ", " one") == known.proposals("bad", "quite", "one")
     assert known.proposals("awful bad", "that", "thing") == [Change("")]
     assert known.proposals("unheard", "a", "b") == []
-    nothing, marks = known.log_probability([Change(""), Change(" !")], "bad", "a", "one")
+    assert not known.knows("unheard")
+    assert known.knows("quite BAD!")
+    nothing, marks = known.log_probability([Change(""), Change.to(" !")], "bad", "a", "one")
     assert nothing == marks
-    assert split_words("You f*ck!  Sh1t, ÄRGER.") == ["you", "f*ck", "!", "sh1t", ",", "ärger", "."]
+    assert Change.to(' "Poor  THING," ') == Change("poor thing")
+    for marked in ("bad!", "(bad)", "such a bad !"):
+        assert known.proposals(marked, "a", "one") == known.proposals("bad", "a", "one")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("You f*ck!  Sh1t, ÄRGER.", ["you", "f*ck", "!", "sh1t", ",", "ärger", "."]),
+        ("don’t re\u0301gler", ["don’t", "re\u0301gler"]),
+        ("हिन्दी है", ["हिन्दी", "है"]),
+        ("İstanbul", ["i\u0307stanbul"]),
+        (" \n", []),
+    ],
+)
+def test_words_stay_whole(text, words):
+    assert split_words(text) == words
+    assert split_words(" ".join(words)) == words
 
 
 def test_saved_and_loaded_through_the_command(tmp_path, capsys):
@@ -151,14 +176,24 @@ def test_what_cannot_be_used_is_refused(tmp_path, known):
     path = tmp_path / "substitutions.jsonl"
     whole = path.read_text()
     row = json.loads(whole.splitlines()[0])
-    for wrong in (whole[:-9], json.dumps(row | {"count": 0}), json.dumps({"count": 1}), ""):
+    path.write_text(f"{whole}\n{json.dumps(row)}\n\n")  # by hand
+    edited = Substitutions.from_pretrained(tmp_path)
+    assert edited.edits == known.edits | {Edit(**{k: v for k, v in row.items() if k != "count"}): row["count"] + 1}
+    changes = ({"count": 0}, {"count": 1.5}, {"removed": ""}, {"put": "BAD"}, {"before": None}, {"more": 1})
+    for wrong in (whole[:-9], json.dumps({"count": 1}), "", *(json.dumps(row | change) for change in changes)):
         path.write_text(wrong)
-        with pytest.raises((CheckpointError, InvalidArgumentError)):
+        with pytest.raises(CheckpointError, match="rectify train substitutions"):
             Substitutions.from_pretrained(tmp_path)
 
 
-def test_a_filler_is_named_with_them():
-    check_filler("causal:pocket,substitutions=folder", "rectify:pocket-q")
+def test_a_filler_is_named_with_them(tmp_path, known):
+    known.save_pretrained(tmp_path)
+    check_filler(f"causal:pocket,substitutions={tmp_path}", "rectify:pocket-q")
+    with pytest.raises(CheckpointError, match="rectify train substitutions"):
+        check_filler(f"causal:pocket,substitutions={tmp_path.parent}", "rectify:pocket-q")
+    for wrong in ("causal:pocket,substitutions=", "causal:pocket,substitutions", "causal:,substitutions=a"):
+        with pytest.raises(InvalidArgumentError, match="substitutions=FOLDER"):
+            check_filler(wrong, "rectify:pocket-q")
     with pytest.raises(InvalidArgumentError, match="gives 'words', which it has not: its parameters are substitutions"):
         check_filler("causal:pocket,words=folder", "rectify:pocket-q")
 
@@ -212,7 +247,8 @@ def test_a_filler_puts_what_people_put(fill_with):
     assert text.split() == ["t40", "t41", "t42", "t43"]
     # what is not known changes nothing
     plain = fill_with(None)
-    assert one.fill([masked], 0) == plain.fill([masked], 0, [original])
+    unseen = original.replace("T90", "t89")
+    assert one.fill([masked], 0) == plain.fill([masked], 0, [original]) == one.fill([masked], 0, [unseen])
     assert len({one.name, plain.name, nothing.name}) == 3
 
 
@@ -225,6 +261,7 @@ def test_a_filler_puts_what_people_put(fill_with):
         ("t90 t42", "t66", f"t41 {MASK} t42", "t41 t66"),
         ("t90 t42", "", f"{MASK} t42 t43", "t43"),
         ("t41 t90 t42", "", f"t40 t41 {MASK} t42 t43 {MASK} t44", "t40 t43 t44"),
+        ("t90 t42", "", f"t40 t41 {MASK} t42 {MASK} t43", "t40 t41 t43"),
     ],
 )
 def test_a_change_may_take_the_words_beside_a_gap(fill_with, removed, put, masked, expected):
@@ -248,3 +285,47 @@ def test_likelihoods_of_changes_are_those_of_whole_texts(fill_with, model):
         tail = one.tokenizer.encode(f"{words} t43 t44")
         nll = continuation_nll(model, [one.tokenizer.encode("t39 t40")], [tail]).nll
         assert value == pytest.approx(-nll.item(), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def of_pieces(make_model):
+    """A filler whose tokenizer takes words apart, of a tiny model."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder("pocket"), padding_side="left")
+    model = make_model("llama", vocab_size=8192, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    decoder = Base().bind(model, tokenizer, {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0})
+    edits = {Edit("", "quite damn", "unwise", "considerably"): 1, Edit("", "damn unwise", "of", ""): 1}
+    edits |= {Edit("istanbul".replace("i", "i̇", 1), "damn", "", "i̇stanbul"): 1}
+    more = {"substitutions": Substitutions(edits), "substitution_weight": 0.0}
+    return CausalFiller(model, tokenizer, decoder, lambda texts: [0.0] * len(texts), "tiny", draws=2, **more)
+
+
+TAIL = " unwise of you all to go there on that day, or so they said; nobody knows, and nobody ever asked about it"
+
+
+@pytest.mark.parametrize(
+    ("head", "after"), [("", []), ('"', ['"']), ("that was ", ["that was"]), ("that was quite ", ["that was"])]
+)
+def test_texts_of_all_candidates_end_at_the_same_place(of_pieces, head, after):
+    seen, measured = [], of_pieces._log_likelihood
+    of_pieces._log_likelihood = lambda *given: seen.append((*given, measured(*given))) or seen[-1][2]
+    try:
+        of_pieces.fill([head + MASK + TAIL], 0, [head + "damn" + TAIL])
+    finally:
+        del of_pieces._log_likelihood
+    (((gap,), (fillings,), (values,)),) = seen
+    ids = of_pieces._ids
+    begin = ids(after[0]) if after else [of_pieces._begin]
+    end = " ".join(TAIL.split()[:12])
+    assert len({filling.after for filling in fillings}) == 2
+    for filling, value in zip(fillings, values, strict=True):
+        text = gap.filled(filling)
+        text = text[len(after[0]) if after else 0 : text.index(end.rsplit("day,")[1]) + len(end.rsplit("day,")[1])]
+        assert text.endswith(end[-12:])
+        nll = continuation_nll(of_pieces.model, [begin], [ids(text)]).nll
+        assert value == pytest.approx(-nll.item(), rel=1e-5)
+
+
+def test_letters_that_change_their_length_are_found(of_pieces):
+    (text,) = of_pieces.fill([f"İstanbul {MASK} yesterday"], 0, ["İstanbul damn yesterday"])
+    assert text.startswith("İstanbul")
+    assert text.endswith("yesterday")

@@ -18,11 +18,11 @@ from rectify.evaluation.language_model import begin_token
 from rectify.generation.generator import Generator, continue_with, shared_context
 from rectify.generation.prompts import Prompt
 from rectify.methods.method import Decoder
-from rectify.rephrasing.substitutions import Change, Substitutions, split_words, word_places
+from rectify.rephrasing.substitutions import Change, Substitutions, word_places
 from rectify.sampling import Sampling
 
 _WORD = re.compile(r"\s*\S+")
-_HEAD, _TAIL = 64, 16  # tokens around a gap that rank its candidates
+_HEAD, _TAIL = 64, 12  # tokens before a gap and words after it that rank its candidates
 _RANKED = 4  # candidates of a gap that the reward model sees
 _ROWS = 192
 
@@ -42,11 +42,15 @@ class _Filling:
 
 @dataclass(frozen=True)
 class _Gap:
-    """The text before a gap, filled already, and the text after it, as far as the next one; and what was in it."""
+    """The text before a gap, filled already, and the text after it, as far as the next one.
+
+    `removed` is what was in it, where that is asked for; `last` says that no other gap follows.
+    """
 
     head: str
     tail: str
     removed: str | None
+    last: bool
 
     def filled(self, filling: _Filling) -> str:
         """The text with words in the gap."""
@@ -62,7 +66,7 @@ class _Gap:
 
     def changed(self, change: Change) -> _Filling:
         """What people put there, with a capital where what it replaces has one."""
-        left, right = len(split_words(change.before)), len(split_words(change.after))
+        left, right = len(change.before.split()), len(change.after.split())
         before = len(self.head) - word_places(self.head)[-left][0] if left else 0
         after = word_places(self.tail)[right - 1][1] if right else 0
         words = change.put
@@ -145,7 +149,9 @@ class CausalFiller:
         size = max(1, _ROWS // generator.num_return_sequences)
         for number in range(1, max(map(len, parts), default=0)):
             gaps = {
-                place: _Gap(head, row[number], None if removed is None else removed[place][number - 1])
+                place: _Gap(
+                    head, row[number], None if removed is None else removed[place][number - 1], len(row) == number + 1
+                )
                 for place, (head, row) in enumerate(zip(done, parts, strict=True))
                 if head is not None and len(row) > number
             }
@@ -168,7 +174,7 @@ class CausalFiller:
         values = self._log_likelihood(gaps, candidates)
         if self.substitutions is not None:
             for gap, fillings, row in zip(gaps, candidates, values, strict=True):
-                if gap.removed is not None:
+                if gap.removed is not None and self.substitutions.knows(gap.removed):
                     changes = [filling.change for filling in fillings]
                     known = self.substitutions.log_probability(changes, gap.removed, gap.head, gap.tail)
                     row += self.substitution_weight * np.array(known)
@@ -197,7 +203,7 @@ class CausalFiller:
                 # the last word may go on beyond what was drawn
                 whole = ends if line != one.text or len(one.token_ids) < generator.max_new_tokens else ends[:-1]
                 drawn = (line[:end] for end in whole[: self.max_words] if MASK not in line[:end])
-                fillings |= dict.fromkeys(_Filling(words, change=Change(words)) for words in drawn)
+                fillings |= dict.fromkeys(_Filling(words, change=Change.to(words)) for words in drawn)
             if self.substitutions is not None and gap.removed is not None:
                 put = self.substitutions.proposals(gap.removed, gap.head, gap.tail)
                 fillings |= dict.fromkeys(map(gap.changed, put))
@@ -209,22 +215,19 @@ class CausalFiller:
         heads, texts = [], []
         most = max(map(len, candidates))
         for gap, fillings in zip(gaps, candidates, strict=True):
-            # what all candidates leave of the text before the gap
+            # the texts of all candidates begin and end at the same places
             head = gap.head[: len(gap.head) - max(filling.before for filling in fillings)].rstrip()
             before = self.tokenizer(head)["input_ids"] if head else []
             heads.append((before or [self._begin])[-_HEAD:])
-            end = [] if all(gap.tail[filling.after :].strip() for filling in fillings) else self._end
-            rows = [self._after(gap, filling, head) + end for filling in fillings]
+            words = [match.end() for match in _WORD.finditer(gap.tail)][:_TAIL]
+            cut = max([*words[-1:], *(filling.after for filling in fillings)])
+            near, end = replace(gap, tail=gap.tail[:cut]), []
+            if gap.last and not all(gap.tail[filling.after :].strip() for filling in fillings):
+                end = self._end
+            rows = [self._ids(near.filled(filling)[len(head) :].rstrip()) + end for filling in fillings]
             texts.append(rows + rows[:1] * (most - len(rows)))  # each head is read once, for as many texts
         nll = prompted_nll(self.model, heads, texts, batch_size=_ROWS).nll.view(len(gaps), most).numpy()
         return [-row[: len(fillings)] for row, fillings in zip(nll, candidates, strict=True)]
-
-    def _after(self, gap: _Gap, filling: _Filling, head: str) -> list[int]:
-        """The tokens from a beginning of the text before a gap on, as far as the same place after it."""
-        ids = self._ids(gap.filled(filling)[len(head) :].rstrip())
-        kept = gap.head[len(head) : len(gap.head) - filling.before].rstrip()
-        own = len(self._ids(kept)) + len(self._ids(filling.words))
-        return ids[: own + max(0, _TAIL - len(self._ids(gap.tail[: filling.after])))]
 
     def _ids(self, text: str) -> list[int]:
         return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []

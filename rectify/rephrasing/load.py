@@ -28,13 +28,16 @@ def check_filler(spec: str, method: str) -> Method | None:
 
     Raises:
         InvalidArgumentError: there is no such filler, or the method does not fit one.
+        CheckpointError: the substitutions that it names cannot be used.
     """
     kind, _, name = spec.partition(":")
     if kind not in {form.partition(":")[0] for form in FILLERS} or not name:
         raise InvalidArgumentError(f"filler is {spec!r}: give one of {', '.join(FILLERS)}")
     if kind != "causal":
         return None
-    _causal(spec)
+    _, folder = _causal(spec)
+    if folder is not None:
+        Substitutions.from_pretrained(folder)
     chosen = parse_method(method)
     if not isinstance(chosen, Rectify | Detector | RectifyWithDetector | Static):
         raise InvalidArgumentError(f"fill_method is {method!r}: give rectify, static or detector, with parameters")
@@ -94,4 +97,7 @@ def load_filler(
 def _causal(spec: str) -> tuple[str, str | None]:
     """The model and the substitutions that a causal filler's name gives."""
     name, *pairs = spec.removeprefix("causal:").split(",")
-    return name, read_pairs(pairs, {"substitutions": str}, f"filler {spec!r}").get("substitutions")
+    given = read_pairs(pairs, {"substitutions": str}, f"filler {spec!r}")
+    if not name or not all(given.values()):
+        raise InvalidArgumentError(f"filler is {spec!r}: give causal:MODEL or causal:MODEL,substitutions=FOLDER")
+    return name, given.get("substitutions")

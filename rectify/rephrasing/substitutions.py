@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from rectify.rephrasing.sentences import Sentence
 CONFIG_FILE, COUNTS_FILE = "substitutions.json", "substitutions.jsonl"
 _FORMAT = 1
 
-_WORD = re.compile(r"[\w*@$#']+|[^\w\s]")
+_JOINED = "_*@$#'’"  # in words beside letters, digits and what is combined with them
 _EDGE = ""  # the neighbour of a text's first and last words
 _FLOOR = 1e-4  # probability of words that nobody put anywhere
 
@@ -62,6 +63,13 @@ class Edit:
     after: str
     put: str
 
+    def __post_init__(self) -> None:
+        for name, words in vars(self).items():
+            if not isinstance(words, str) or words != " ".join(split_words(words)):
+                raise InvalidArgumentError(f"{name} is {words!r}: give words in lower case with blanks between them")
+        if not self.removed:
+            raise InvalidArgumentError("removed is empty: give the words that were replaced")
+
 
 class Change(NamedTuple):
     """What replaces words, and the words right before and after them that it replaces too; `""` for none.
@@ -72,6 +80,11 @@ class Change(NamedTuple):
     put: str
     before: str = ""
     after: str = ""
+
+    @classmethod
+    def to(cls, words: str) -> Change:
+        """The change to some words in any spelling, of the words in question alone."""
+        return cls(_normal(split_words(words)))
 
 
 class Substitutions:
@@ -84,7 +97,7 @@ class Substitutions:
         p(c | w) = (n(w → c) + κ p(c)) / (n(w) + κ)
         p(c | l, w, r) = (n(l w → c) + n(w r → c) + κ p(c | w)) / (n(l w) + n(w r) + κ)
 
-    Of several words of which nothing is known together, the last one counts.
+    Of several words of which nothing is known together, those without the marks around them count, or else the last.
 
     Args:
         edits: with the number of times that each was seen, 1 or more.
@@ -137,8 +150,7 @@ class Substitutions:
                     if kind not in ("replace", "delete"):
                         continue
                     if end == len(old):  # that the last mark of a text is left out says nothing of its words
-                        while end > start and not _normal(old[end - 1 : end]):
-                            end -= 1
+                        end = start + len(_without_marks(old[start:end], front=False))
                     if start < end and max(end - start, new_end - new_start) <= config.max_words:
                         before = old[start - 1] if start else _EDGE
                         after = old[end] if end < len(old) else _EDGE
@@ -158,16 +170,15 @@ class Substitutions:
         folder = checkpoint_folder(name, revision)
         try:
             config = SubstitutionsConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-            edits = {}
-            with (folder / COUNTS_FILE).open(encoding="utf-8") as file:
-                for line in file:
-                    row = json.loads(line)
-                    count = row.pop("count")
-                    if count < 1:
-                        raise ValueError(f"count is {count}")
-                    edits[Edit(**row)] = count
+            edits: Counter[Edit] = Counter()
+            for line in filter(str.strip, (folder / COUNTS_FILE).read_text(encoding="utf-8").splitlines()):
+                row = json.loads(line)
+                count = row.pop("count")
+                if not isinstance(count, int) or count < 1:
+                    raise ValueError(f"count is {count!r}")
+                edits[Edit(**row)] += count
             return cls(edits, config)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (InvalidArgumentError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"{str(name)!r} could not be loaded ({first_line(error)}): give a folder of `rectify train "
                 "substitutions`"
@@ -184,6 +195,10 @@ class Substitutions:
     def digest(self) -> str:
         """What tells tables apart: a SHA-256 of counts and prior, the first 12 hexadecimal digits."""
         return sha256_of([self.config.prior, list(self._records())])[:12]
+
+    def knows(self, removed: str) -> bool:
+        """Whether anything was put in place of these words by anyone."""
+        return (None, self._known(removed, "", "")[1], None) in self._of
 
     def proposals(self, removed: str, before: str, after: str, limit: int = 24) -> list[Change]:
         """What was put in place of these words by anyone, the likeliest first.
@@ -206,20 +221,20 @@ class Substitutions:
     def log_probability(self, changes: Sequence[Change], removed: str, before: str, after: str) -> list[float]:
         """`log p(c | l, w, r)` of changes of words, in nats; arguments as in `proposals`."""
         known = self._known(removed, before, after)
-        return [
-            math.log(self._probability(change._replace(put=_normal(split_words(change.put))), *known))
-            for change in changes
-        ]
+        return [math.log(self._probability(change, *known)) for change in changes]
 
     # -----------------------------------------------------------------------------------------------------------------
 
     def _known(self, removed: str, before: str, after: str) -> tuple[str, str, str]:
         """The words beside and in a place, as far as they are known together."""
         words = split_words(removed)
-        left, right = split_words(before)[-1:], split_words(after)[:1]
+        left, right = "".join(split_words(before)[-1:]), "".join(split_words(after)[:1])
+        if (None, " ".join(words), None) in self._of:
+            return left, " ".join(words), right
+        words = _without_marks(words)
         if len(words) > 1 and (None, " ".join(words), None) not in self._of:
-            left, words = words[-2:-1], words[-1:]
-        return "".join(left) or _EDGE, " ".join(words), "".join(right) or _EDGE
+            left, words = words[-2], words[-1:]
+        return left, " ".join(words), right
 
     def _probability(self, change: Change, before: str, removed: str, after: str) -> float:
         value = max(self._all[change] / self._total, _FLOOR)
@@ -252,10 +267,27 @@ def split_words(text: str) -> list[str]:
 
 def word_places(text: str) -> list[tuple[int, int]]:
     """Where the words and marks of a text are: start and end."""
-    return [match.span() for match in _WORD.finditer(text)]
+    places = []
+    for inside, group in groupby(enumerate(text), lambda item: _in_word(item[1])):
+        run = list(group)
+        if inside:
+            places.append((run[0][0], run[-1][0] + 1))
+        else:
+            places += [(place, place + 1) for place, character in run if not character.isspace()]
+    return places
+
+
+def _in_word(character: str) -> bool:
+    return character.isalnum() or character in _JOINED or unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf")
+
+
+def _without_marks(words: Sequence[str], front: bool = True) -> list[str]:
+    """Words without the marks after them, and without those before them."""
+    kept = [place for place, word in enumerate(words) if _in_word(word[0])]
+    return list(words[kept[0] if front else 0 : kept[-1] + 1]) if kept else []
 
 
 def _normal(words: Sequence[str]) -> str:
-    """Words as one text; marks alone are nothing."""
-    text = " ".join(words)
+    """Words as one text, without the marks around them; nothing where there is no letter or digit."""
+    text = " ".join(_without_marks(words))
     return text if any(character.isalnum() for character in text) else ""

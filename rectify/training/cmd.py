@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
-from rectify.adapted_model import base_fingerprint, load_base
+from rectify.adapted_model import load_base
 from rectify.adapters import add_adapter, save_adapter
 from rectify.builders.cmd_records import ChainExample, to_json
 from rectify.builders.cmd_stages import check_contrast
 from rectify.chain import closed_length
 from rectify.detectors.classifier import pad
 from rectify.errors import InvalidArgumentError
-from rectify.hub import model_place
+from rectify.hub import current_fingerprint, model_place
 from rectify.json_files import sha256_of, write_json
 from rectify.keyed_noise import KeyedSampling, row_keys
 from rectify.methods.self_detoxifier import DetoxifierConfig
@@ -104,6 +104,7 @@ def train_chains(
         arguments,
         RESULTS_FILE,
         **asdict(settings),
+        base_fingerprint=current_fingerprint(name, revision),
         examples_sha256=sha256_of([to_json(example) for example in [*train, *validation]]),
     )
     base, tokenizer = load_base(name, revision)
@@ -140,7 +141,7 @@ def train_chains(
     results |= trainer.predict(cast(Any, held), metric_key_prefix="eval").metrics or {}
     with model.disable_adapter():
         before = trainer.predict(cast(Any, held), metric_key_prefix="base").metrics or {}
-    config = DetoxifierConfig(name, Fingerprint.of(tokenizer), revision, base_fingerprint(name, revision, base))
+    config = DetoxifierConfig(name, Fingerprint.of(tokenizer), revision, current_fingerprint(name, revision))
     config.training = {
         "chains": len(data),
         "toxic": sum(item["toxic"] for item in data.items),

@@ -27,6 +27,7 @@ from rectify.detectors.backbone import Quantization
 from rectify.detectors.classifier import ToxicityClassifier, pad
 from rectify.detectors.config import DetectorConfig, Form
 from rectify.errors import InvalidArgumentError, RectifyError
+from rectify.hub import current_fingerprint
 from rectify.json_files import sha256_of, write_json
 from rectify.training.detector_figures import label_figures, scikit_learn
 from rectify.training.running import RESULTS_FILE, checkpoint_to_resume
@@ -135,7 +136,10 @@ def train_detector(
     ]
     digest = sha256_of(rows)
     callbacks = [*callbacks, *early_stopping(settings.early_stopping_patience, arguments), _GradientCheck()]
-    checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **asdict(settings), texts_sha256=digest)
+    fingerprint = current_fingerprint(settings.model_name_or_path, settings.model_revision)
+    checkpoint = checkpoint_to_resume(
+        arguments, RESULTS_FILE, **asdict(settings), texts_sha256=digest, base_fingerprint=fingerprint
+    )
     set_seed(arguments.seed)
     classifier = kind.from_backbone(labels=labels, **settings.classifier_settings())
     use_fast_attention(classifier.inner, arguments)

@@ -18,9 +18,10 @@ from transformers import (
     set_seed,
 )
 
-from rectify.adapted_model import base_fingerprint, load_base
+from rectify.adapted_model import load_base
 from rectify.adapters import save_adapter
 from rectify.errors import InvalidArgumentError
+from rectify.hub import current_fingerprint
 from rectify.json_files import sha256_of, write_json
 from rectify.methods.expert_pair import ANTI_EXPERT, CONFIG_FILE, EXPERT, ExpertsConfig
 from rectify.training.language_model import AdapterSettings, fit, with_adapter
@@ -69,7 +70,7 @@ def train_experts(
         CheckpointError: nothing usable is at `model_name_or_path`.
     """
     folder = folder_of_several(arguments, CONFIG_FILE)
-    base, tokenizer = _load(settings)
+    _, tokenizer = _load(settings)
     parts: dict[str, dict[str, EncodedTexts]] = {EXPERT: {}, ANTI_EXPERT: {}}
     for kind, rows in (("train", train), ("validation", validation)):
         for side, word in ((EXPERT, "non-toxic"), (ANTI_EXPERT, "toxic")):
@@ -77,9 +78,12 @@ def train_experts(
             # all of it before a training: what is missing is to be missed now
             parts[side][kind] = EncodedTexts(tokenizer, texts, settings.max_length, f"{kind} has no {word} text")
     name, revision = settings.model_name_or_path, settings.model_revision
-    config = ExpertsConfig(name, Fingerprint.of(tokenizer), revision, base_fingerprint(name, revision, base))
+    config = ExpertsConfig(name, Fingerprint.of(tokenizer), revision, current_fingerprint(name, revision))
     for side, data in parts.items():
-        config.training[side] = _train_one(settings, arguments, side, data["train"], data["validation"], callbacks)
+        given = {**asdict(settings), "base_fingerprint": config.base_fingerprint}
+        config.training[side] = _train_one(
+            settings, given, arguments, side, data["train"], data["validation"], callbacks
+        )
     if arguments.should_save:
         config.save_pretrained(folder)
     return config
@@ -87,6 +91,7 @@ def train_experts(
 
 def _train_one(
     settings: ExpertSettings,
+    given: dict[str, Any],
     arguments: TrainingArguments,
     side: str,
     data: EncodedTexts,
@@ -98,7 +103,7 @@ def _train_one(
     arguments = copy(arguments)
     arguments.output_dir = str(folder)
     digest = sha256_of([data.items, held.items])
-    given = {**asdict(settings), "texts_sha256": digest}
+    given |= {"texts_sha256": digest}
     if (folder / RESULTS_FILE).exists():
         check_same(folder, arguments.to_dict() | given)
         return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))["record"]

@@ -14,14 +14,14 @@ from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
-from rectify.adapted_model import base_fingerprint, load_base
+from rectify.adapted_model import load_base
 from rectify.adapters import load_adapter
 from rectify.detectors.cascade import predicted
 from rectify.detectors.instruction import InstructionConfig, InstructionDetector
 from rectify.detectors.templates import TEMPLATES, Template
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.calibration import expected_calibration_error
-from rectify.hub import files_digest
+from rectify.hub import current_fingerprint, files_digest
 from rectify.json_files import sha256_of, write_json
 from rectify.training.detector_figures import scikit_learn
 from rectify.training.instruction_rows import InstructionRow
@@ -132,6 +132,7 @@ class _Stage:
         arguments.output_dir = str(folder)
         given = {
             **asdict(settings),
+            "base_fingerprint": current_fingerprint(settings.model_name_or_path, settings.model_revision),
             "template": asdict(self.template),
             "rows_sha256": sha256_of([[asdict(row) for row in part] for part in (rows, self.validation)]),
             "start": start and files_digest(start, suffixes={".safetensors"}),
@@ -168,7 +169,7 @@ class _Stage:
         base, tokenizer = load_base(name, revision)
         model = with_adapter(base, settings) if start is None else load_adapter(base, start, trainable=True)
         config = InstructionConfig(name, self.template, revision, settings.max_length, settings.chat)
-        config.base_fingerprint = base_fingerprint(name, revision, base)
+        config.base_fingerprint = current_fingerprint(name, revision)
         # the model inside, as peft's own does not say that it takes positions
         return model, InstructionDetector(config, cast(PreTrainedModel, model.get_base_model()), tokenizer)
 

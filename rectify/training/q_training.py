@@ -22,7 +22,7 @@ from transformers import (
 
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.heads import LowRankHead
-from rectify.hub import load_language_model, model_place
+from rectify.hub import current_fingerprint, load_language_model, model_place
 from rectify.json_files import write_json
 from rectify.q_network import CONFIG_FILE, DeadEndQNetwork
 from rectify.splits import split_by_hash
@@ -63,7 +63,10 @@ def train_q_network(
     # what the collator and `QLearning` pass to each other
     arguments.remove_unused_columns, arguments.label_names = False, ["labels"]
     settings = {**asdict(model), **asdict(data), **asdict(loss)}
-    checkpoint = checkpoint_to_resume(arguments, CONFIG_FILE, **settings, files=_digests(data))
+    fingerprint = current_fingerprint(model.model_name_or_path)
+    checkpoint = checkpoint_to_resume(
+        arguments, CONFIG_FILE, **settings, files=_digests(data), base_fingerprint=fingerprint
+    )
     train, validation = _splits(data)
     set_seed(arguments.seed)
     trunk, tokenizer = _load_trunk(model)

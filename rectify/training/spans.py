@@ -17,6 +17,7 @@ from rectify.detectors.span_decoding import EncodedTexts, spans_of, token_labels
 from rectify.detectors.spans import SpanDetector, pad_flags
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.span_f1 import character_f1
+from rectify.hub import current_fingerprint
 from rectify.json_files import sha256_of, write_json
 from rectify.text_files import AnnotatedText
 from rectify.training.running import RESULTS_FILE, checkpoint_to_resume
@@ -75,7 +76,10 @@ def train_spans(
         CheckpointError: nothing usable is at `model_name_or_path`.
     """
     digest = sha256_of([train, validation])
-    checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **asdict(settings), texts_sha256=digest)
+    fingerprint = current_fingerprint(settings.model_name_or_path, settings.model_revision)
+    checkpoint = checkpoint_to_resume(
+        arguments, RESULTS_FILE, **asdict(settings), texts_sha256=digest, base_fingerprint=fingerprint
+    )
     set_seed(arguments.seed)
     detector = SpanDetector.from_backbone(
         settings.model_name_or_path,
