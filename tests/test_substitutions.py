@@ -17,7 +17,8 @@ from rectify.methods.base import Base
 from rectify.rephrasing.causal_filler import CausalFiller
 from rectify.rephrasing.load import check_filler
 from rectify.rephrasing.sentences import Sentence
-from rectify.rephrasing.substitutions import Change, Edit, Substitutions, SubstitutionsConfig, split_words
+from rectify.rephrasing.substitutions import Change, Edit, Substitutions, SubstitutionsConfig
+from rectify.rephrasing.words import split_words
 
 SENTENCES = [
     Sentence("this bad one is here", ("this one is here", "this poor one is here")),

@@ -18,7 +18,8 @@ from rectify.evaluation.language_model import begin_token
 from rectify.generation.generator import Generator, continue_with, shared_context
 from rectify.generation.prompts import Prompt
 from rectify.methods.method import Decoder
-from rectify.rephrasing.substitutions import Change, Substitutions, word_places
+from rectify.rephrasing.substitutions import Change, Substitutions
+from rectify.rephrasing.words import word_places
 from rectify.sampling import Sampling
 
 _WORD = re.compile(r"\s*\S+")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +15,11 @@ from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.hub import checkpoint_folder
 from rectify.json_files import check_format_version, sha256_of, write_json, write_records
 from rectify.rephrasing.sentences import Sentence
+from rectify.rephrasing.words import plain, split_words, without_marks
 
 CONFIG_FILE, COUNTS_FILE = "substitutions.json", "substitutions.jsonl"
 _FORMAT = 1
 
-_JOINED = "_*@$#'’"  # in words beside letters, digits and what is combined with them
 _EDGE = ""  # the neighbour of a text's first and last words
 _FLOOR = 1e-4  # probability of words that nobody put anywhere
 
@@ -84,7 +82,7 @@ class Change(NamedTuple):
     @classmethod
     def to(cls, words: str) -> Change:
         """The change to some words in any spelling, of the words in question alone."""
-        return cls(_normal(split_words(words)))
+        return cls(plain(split_words(words)))
 
 
 class Substitutions:
@@ -150,11 +148,11 @@ class Substitutions:
                     if kind not in ("replace", "delete"):
                         continue
                     if end == len(old):  # that the last mark of a text is left out says nothing of its words
-                        end = start + len(_without_marks(old[start:end], front=False))
+                        end = start + len(without_marks(old[start:end], front=False))
                     if start < end and max(end - start, new_end - new_start) <= config.max_words:
                         before = old[start - 1] if start else _EDGE
                         after = old[end] if end < len(old) else _EDGE
-                        removed, put = " ".join(old[start:end]), _normal(new[new_start:new_end])
+                        removed, put = " ".join(old[start:end]), plain(new[new_start:new_end])
                         edits[Edit(before, removed, after, put)] += 1
         counts = {"rewrites": rewrites, "aligned": aligned, "edits": edits.total()}
         fields = asdict(config) | {"training": config.training | counts}
@@ -231,7 +229,7 @@ class Substitutions:
         left, right = "".join(split_words(before)[-1:]), "".join(split_words(after)[:1])
         if (None, " ".join(words), None) in self._of:
             return left, " ".join(words), right
-        words = _without_marks(words)
+        words = without_marks(words)
         if len(words) > 1 and (None, " ".join(words), None) not in self._of:
             left, words = words[-2], words[-1:]
         return left, " ".join(words), right
@@ -258,36 +256,3 @@ def _changes(edit: Edit) -> Iterator[tuple[str, str, str, Change]]:
             right = words[end] if end < len(words) else edit.after
             change = Change(edit.put, " ".join(words[:start]), " ".join(words[end:]))
             yield left, " ".join(words[start:end]), right, change
-
-
-def split_words(text: str) -> list[str]:
-    """Words and marks of a text, in lower case; what hides letters in words belongs to them."""
-    return [text[start:end].lower() for start, end in word_places(text)]
-
-
-def word_places(text: str) -> list[tuple[int, int]]:
-    """Where the words and marks of a text are: start and end."""
-    places = []
-    for inside, group in groupby(enumerate(text), lambda item: _in_word(item[1])):
-        run = list(group)
-        if inside:
-            places.append((run[0][0], run[-1][0] + 1))
-        else:
-            places += [(place, place + 1) for place, character in run if not character.isspace()]
-    return places
-
-
-def _in_word(character: str) -> bool:
-    return character.isalnum() or character in _JOINED or unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf")
-
-
-def _without_marks(words: Sequence[str], front: bool = True) -> list[str]:
-    """Words without the marks after them, and without those before them."""
-    kept = [place for place, word in enumerate(words) if _in_word(word[0])]
-    return list(words[kept[0] if front else 0 : kept[-1] + 1]) if kept else []
-
-
-def _normal(words: Sequence[str]) -> str:
-    """Words as one text, without the marks around them; nothing where there is no letter or digit."""
-    text = " ".join(_without_marks(words))
-    return text if any(character.isalnum() for character in text) else ""
