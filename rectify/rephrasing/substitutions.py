@@ -107,7 +107,8 @@ class Substitutions:
     Example:
         >>> from rectify.rephrasing.sentences import Sentence
         >>> from rectify.rephrasing.substitutions import Substitutions
-        >>> known = Substitutions.learn([Sentence("nobody gives a damn about it", ("nobody cares about it",))])
+        >>> sentence = Sentence("nobody here really gives a damn about it", ("nobody here really cares about it",))
+        >>> known = Substitutions.learn([sentence])
         >>> known.proposals("damn", "she gives a ", " about me")
         [Change(put='cares', before='gives a', after='')]
     """
