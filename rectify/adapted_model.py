@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.adapters import load_adapter
 from rectify.errors import CheckpointError, RectifyError, VocabularyMismatchError, first_line
-from rectify.hub import check_weights, current_fingerprint, model_place
+from rectify.hub import check_weights, current_fingerprint, load_language_model
 from rectify.json_files import check_format_version, write_json
 from rectify.vocabulary import Fingerprint
 
@@ -106,13 +106,13 @@ def load_adapted(
     Args:
         folder: written by `rectify.adapters.save_adapter`.
         config: what it was trained on.
-        dtype: see `load_base`.
+        dtype: of the weights.
 
     Raises:
         CheckpointError: nothing usable is there, or the language model has other weights than in the training.
     """
     try:
-        base, tokenizer = load_base(config.base_model, config.base_revision, dtype)
+        base, tokenizer = load_language_model(config.base_model, dtype, revision=config.base_revision)
         if config.base_fingerprint is not None:  # else nothing asks for it
             now = current_fingerprint(config.base_model, config.base_revision)
             check_weights(config.base_model, config.base_fingerprint, now)
@@ -122,28 +122,3 @@ def load_adapted(
         raise CheckpointError(f"{str(folder)!r} could not be loaded ({reason}): is the training complete?") from error
     whole = model.get_base_model() if torch.finfo(dtype).bits < 32 else model.merge_and_unload()
     return cast(PreTrainedModel, cast(Any, whole).requires_grad_(False).eval()), tokenizer
-
-
-def load_base(
-    name: str, revision: str | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The language model that is adapted, and its tokenizer.
-
-    Args:
-        name: folder, `"pocket"` or Hub id.
-        revision: of a Hub id.
-        dtype: of the weights.
-
-    Raises:
-        CheckpointError: nothing usable is there.
-    """
-    place = model_place(name, revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main")
-        model = AutoModelForCausalLM.from_pretrained(place, revision=revision or "main", dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"model {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
-            "give a causal language model with its tokenizer"
-        ) from error
-    return model, tokenizer

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
 
 POCKET = {
     "pocket": "lm",
@@ -105,10 +106,8 @@ def current_fingerprint(name: str, revision: str | None = None) -> str | None:
         CheckpointError: nothing usable is there.
     """
     place = model_place(name, revision)
-    try:
+    with refusing_unusable(f"model {name!r}", "give a model of text with its tokenizer"):
         return weights_fingerprint(place, AutoConfig.from_pretrained(place, revision=revision or "main"))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"model {name!r} has no usable configuration ({first_line(error)})") from error
 
 
 def check_weights(name: str, trained_on: str | None, fingerprint: str | None) -> None:
@@ -129,8 +128,32 @@ def check_weights(name: str, trained_on: str | None, fingerprint: str | None) ->
         )
 
 
+@contextmanager
+def refusing_unusable(what: str, remedy: str) -> Iterator[None]:
+    """Refuse in one sentence what transformers cannot load, for whatever reason.
+
+    Args:
+        what: is loaded, with its name.
+        remedy: what to give instead.
+
+    Raises:
+        CheckpointError: loading fails.
+    """
+    try:
+        yield
+    except RectifyError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{what} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): {remedy}"
+        ) from error
+
+
 def load_language_model(
-    name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    name: str,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, padding on the left, in evaluation mode.
 
@@ -138,21 +161,19 @@ def load_language_model(
         name: a folder, `"pocket"` or a Hub id.
         dtype: of the weights; `None` for float32 on a CPU and the checkpoint's own elsewhere.
         device: where to put the model.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
         CheckpointError: nothing usable is there.
     """
-    place = model_place(name)
+    place = model_place(name, revision)
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype="auto" if dtype is None else dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"model {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
-            "check the path, or the id and the connection"
-        ) from error
+    with refusing_unusable(f"model {name!r}", "give a causal language model with its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main")
+        model = AutoModelForCausalLM.from_pretrained(
+            place, revision=revision or "main", dtype="auto" if dtype is None else dtype
+        )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

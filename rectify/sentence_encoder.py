@@ -12,8 +12,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from rectify.adapters import quiet_loading
 from rectify.detectors.classifier import batches_by_length
-from rectify.errors import CheckpointError, InvalidArgumentError, first_line
-from rectify.hub import model_place, weights_fingerprint
+from rectify.errors import InvalidArgumentError
+from rectify.hub import model_place, refusing_unusable, weights_fingerprint
 
 
 class SentenceEncoder(nn.Module):
@@ -75,15 +75,9 @@ class SentenceEncoder(nn.Module):
             InvalidArgumentError: it is an encoder-decoder, or reads fewer tokens.
         """
         place = model_place(name, revision)
-        try:
+        with refusing_unusable(f"encoder {name!r}", "give a model of text with its tokenizer"), quiet_loading():
             tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main")
-            with quiet_loading():
-                model = AutoModel.from_pretrained(place, revision=revision or "main", dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"encoder {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
-                "give a model of text with its tokenizer"
-            ) from error
+            model = AutoModel.from_pretrained(place, revision=revision or "main", dtype=torch.float32)
         if model.config.is_encoder_decoder:
             raise InvalidArgumentError(f"encoder {name!r} is an encoder-decoder: give an encoder or a causal model")
         encoder = cls(model, tokenizer, max_length, weights_fingerprint(place, model.config))

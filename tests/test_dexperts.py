@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from rectify import CheckpointError, InvalidArgumentError, VocabularyMismatchError
-from rectify.adapted_model import load_base
 from rectify.adapters import save_adapter
 from rectify.cli import main
+from rectify.hub import load_language_model
 from rectify.methods.base import Base
 from rectify.methods.dexperts import DExperts, DExpertsProcessor
 from rectify.methods.expert_pair import ExpertsConfig, load_experts
@@ -51,9 +51,9 @@ def add_noise(model, seed):
 
 
 def write_pair(folder, base):
-    model, tokenizer = load_base(str(base))
+    model, tokenizer = load_language_model(str(base))
     for seed, side in enumerate(SIDES):
-        model, _ = load_base(str(base))
+        model, _ = load_language_model(str(base))
         adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
         save_adapter(add_noise(get_peft_model(model, adapter), seed), folder / side, str(base))
     ExpertsConfig(str(base), Fingerprint.of(tokenizer)).save_pretrained(folder)
@@ -330,7 +330,7 @@ def test_each_learns_its_own_texts(trained, bases, make_tokenizer):
         named = {"adapter_config.json", "adapter_model.safetensors", "all_results.json", "run_settings.json"}
         assert named <= files
         assert all("lora_" in name for name in load_file(trained / side / "adapter_model.safetensors"))
-    base, tokenizer = load_base(str(bases["llama"]))
+    base, tokenizer = load_language_model(str(bases["llama"]))
     bad = int(BAD_WORD[1:])
     chances = {}
     for alpha in (0.0, 2.0):
@@ -341,7 +341,7 @@ def test_each_learns_its_own_texts(trained, bases, make_tokenizer):
 
 @torch.no_grad()
 def test_the_recorded_losses_are_those_of_the_loaded_models(trained, bases, tokenizer):
-    base, _ = load_base(str(bases["llama"]))
+    base, _ = load_language_model(str(bases["llama"]))
     for side, expert in zip(SIDES, load_experts(trained, tokenizer), strict=True):
         for name, network in (("nll", expert), ("base_nll", base)):
             total, count = 0.0, 0

@@ -16,7 +16,16 @@ def test_the_python_example_of_the_readme(capsys):
     assert "You are such a" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["rectify.rule", "rectify.q_network", "rectify.processor"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "rectify.rule",
+        "rectify.q_network",
+        "rectify.processor",
+        "rectify.rephrasing.substitutions",
+        "rectify.builders.masking",
+    ],
+)
 def test_the_examples_of_docstrings(module):
     result = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted > 0

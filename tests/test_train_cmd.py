@@ -11,13 +11,12 @@ from commands import run_command
 from peft import TaskType
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, TrainerCallback, TrainingArguments
 
-from rectify.adapted_model import load_base
 from rectify.adapters import add_adapter
 from rectify.builders.cmd_records import ChainExample, to_json
 from rectify.chain import frame
 from rectify.cli import main
 from rectify.errors import CheckpointError, InvalidArgumentError
-from rectify.hub import checkpoint_folder
+from rectify.hub import checkpoint_folder, load_language_model
 from rectify.methods.self_detoxifier import DetoxifierConfig, load_detoxifier
 from rectify.sentence_encoder import masked_mean
 from rectify.training.chain_data import EncodedChains, collate
@@ -69,7 +68,7 @@ def learning(settings):
 
     def of(examples=EXAMPLES, **changes):
         chosen = settings(**changes)
-        model, tokenizer = load_base(chosen.model_name_or_path)
+        model, tokenizer = load_language_model(chosen.model_name_or_path)
         torch.manual_seed(0)
         adapted = add_adapter(
             model,
@@ -140,7 +139,7 @@ def test_the_mean_leaves_padding_out():
 
 
 def test_the_frame_is_given_and_the_rest_learned(base):
-    _, tokenizer = load_base(str(base))
+    _, tokenizer = load_language_model(str(base))
     data = EncodedChains(tokenizer, EXAMPLES, 120, 4, "examples")
     for example, item in zip(EXAMPLES, data.items, strict=True):
         framed = tokenizer(frame(example.prompt))["input_ids"]
@@ -156,7 +155,7 @@ def test_the_frame_is_given_and_the_rest_learned(base):
 
 
 def test_a_long_chain_is_left_out_and_counted(base):
-    _, tokenizer = load_base(str(base))
+    _, tokenizer = load_language_model(str(base))
     data = EncodedChains(tokenizer, EXAMPLES, 60, 4, "examples")
     assert (len(data), data.too_long) == (1, 4)
     with pytest.raises(InvalidArgumentError, match="none of 5 chains has at most 9 tokens: raise max_length"):
@@ -304,7 +303,7 @@ def test_gradient_checkpointing_changes_nothing(learning):
 
 def test_what_is_saved_is_what_was_trained(trained, base):
     folder, config, _ = trained
-    _, tokenizer = load_base(str(base))
+    _, tokenizer = load_language_model(str(base))
     data = EncodedChains(tokenizer, EXAMPLES[:3], 120, 4, "examples")
     batch = collate(data.items)
     with torch.no_grad():
@@ -317,7 +316,7 @@ def test_what_is_saved_is_what_was_trained(trained, base):
 
 
 def test_other_weights_under_the_adapter_are_refused(trained, base, make_model, tmp_path):
-    tokenizer = load_base(str(base))[1]
+    tokenizer = load_language_model(str(base))[1]
     shutil.copytree(base, tmp_path / "base")
     shutil.copytree(trained[0], tmp_path / "d")
     path = tmp_path / "d" / "cmd_config.json"

@@ -18,8 +18,8 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from rectify.adapters import quiet_loading
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
-from rectify.hub import model_place, weights_fingerprint
+from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
+from rectify.hub import model_place, refusing_unusable, weights_fingerprint
 
 Quantization = Literal["none", "nf4"]
 
@@ -66,7 +66,7 @@ def load_backbone(
     """
     place = model_place(name, revision)
     given: dict[str, Any] = {"revision": revision or "main"}
-    try:
+    with refusing_unusable(f"backbone {name!r}", "give a model of text with its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(place, **given)
         config = AutoConfig.from_pretrained(place, num_labels=num_labels, **given)
         if config.is_encoder_decoder:
@@ -83,13 +83,6 @@ def load_backbone(
                 output_loading_info=True,
                 **given,
             )
-    except RectifyError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"backbone {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
-            "give a model of text with its tokenizer"
-        ) from error
     if with_head and report["missing_keys"]:  # transformers would leave them at their random start
         raise CheckpointError(
             f"{name!r} lacks the weights {min(report['missing_keys'])}: give a model that was trained to classify"

@@ -20,8 +20,8 @@ from rectify.adapters import add_adapter, load_adapter, quiet_loading, save_adap
 from rectify.detectors.classifier import batches_by_length
 from rectify.detectors.span_decoding import EncodedTexts, Span, encode_windows, spans_of, word_scores
 from rectify.detectors.span_heads import HEADS, SegmentHead, TokenHead
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
-from rectify.hub import check_weights, checkpoint_folder, model_place, weights_fingerprint
+from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
+from rectify.hub import check_weights, checkpoint_folder, model_place, refusing_unusable, weights_fingerprint
 from rectify.json_files import check_format_version
 
 __all__ = ["Span", "SpanConfig", "SpanDetector"]
@@ -317,15 +317,9 @@ def _load_trunk(
     place: str | Path, revision: str | None, dtype: torch.dtype, name: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A trunk without what pools or predicts, and its tokenizer."""
-    try:
+    with refusing_unusable(f"backbone {name!r}", "give a model of text with its tokenizer"), quiet_loading():
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main")
-        with quiet_loading():
-            trunk = AutoModel.from_pretrained(place, revision=revision or "main", dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"backbone {name!r} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): "
-            "give a model of text with its tokenizer"
-        ) from error
+        trunk = AutoModel.from_pretrained(place, revision=revision or "main", dtype=dtype)
     if trunk.config.is_encoder_decoder:
         raise InvalidArgumentError(f"backbone {name!r} is an encoder-decoder: give a causal model or an encoder")
     if getattr(trunk, "pooler", None) is not None:

@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from rectify.detectors import ToxicityClassifier
 from rectify.detectors.classifier import batches_by_length
 from rectify.detectors.gated import ADAPTERS_FOLDER, GATE_FOLDER, GatedDetector, load_detector
-from rectify.errors import CheckpointError, InvalidArgumentError, first_line
-from rectify.hub import available_device, checkpoint_folder, files_digest, model_place
+from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.hub import available_device, checkpoint_folder, files_digest, model_place, refusing_unusable
 from rectify.scoring.labels import outputs_by_attribute
 from rectify.scoring.scores import Reason, Scores, check_attributes, reason_against
 
@@ -108,16 +108,11 @@ class HfScorer:
         self._device = available_device(device)
         place, _, wanted = (name, "", "") if Path(name).expanduser().exists() else name.partition("@")
         source = model_place(place, wanted or None)
-        try:
+        with refusing_unusable(f"text classifier {name!r}", "check the path, or the id and the connection"):
             self._tokenizer = AutoTokenizer.from_pretrained(source, revision=wanted or "main")
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 source, revision=wanted or "main", dtype=torch.float32, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{name!r} is neither a usable folder nor a text classifier that the Hub gives ({first_line(error)}): "
-                "check the path, or the id and the connection"
-            ) from error
         if report["missing_keys"]:  # transformers would leave them at their random start
             raise CheckpointError(
                 f"{name!r} lacks the weights {min(report['missing_keys'])}: give a model that was trained to classify"

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
-from rectify.adapted_model import load_base
 from rectify.adapters import add_adapter, save_adapter
 from rectify.builders.cmd_records import ChainExample, to_json
 from rectify.builders.cmd_stages import check_contrast
 from rectify.chain import closed_length
 from rectify.detectors.classifier import pad
 from rectify.errors import InvalidArgumentError
-from rectify.hub import current_fingerprint, model_place
+from rectify.hub import current_fingerprint, load_language_model, model_place
 from rectify.json_files import sha256_of, write_json
 from rectify.keyed_noise import KeyedSampling, row_keys
 from rectify.methods.self_detoxifier import DetoxifierConfig
@@ -107,7 +106,7 @@ def train_chains(
         base_fingerprint=current_fingerprint(name, revision),
         examples_sha256=sha256_of([to_json(example) for example in [*train, *validation]]),
     )
-    base, tokenizer = load_base(name, revision)
+    base, tokenizer = load_language_model(name, revision=revision)
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if settings.max_length < 2 or (context is not None and settings.max_length > context):
         limit = f"to {context}, the model's context" if context is not None else "on"

@@ -18,10 +18,9 @@ from transformers import (
     set_seed,
 )
 
-from rectify.adapted_model import load_base
 from rectify.adapters import save_adapter
 from rectify.errors import InvalidArgumentError
-from rectify.hub import current_fingerprint
+from rectify.hub import current_fingerprint, load_language_model
 from rectify.json_files import sha256_of, write_json
 from rectify.methods.expert_pair import ANTI_EXPERT, CONFIG_FILE, EXPERT, ExpertsConfig
 from rectify.training.language_model import AdapterSettings, fit, with_adapter
@@ -134,7 +133,7 @@ def _train_one(
 
 
 def _load(settings: ExpertSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = load_base(settings.model_name_or_path, settings.model_revision)
+    model, tokenizer = load_language_model(settings.model_name_or_path, revision=settings.model_revision)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if settings.max_length < 2 or (context is not None and settings.max_length > context):
         limit = f"to {context}, the model's context" if context is not None else "on"

@@ -14,14 +14,13 @@ from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
-from rectify.adapted_model import load_base
 from rectify.adapters import load_adapter
 from rectify.detectors.cascade import predicted
 from rectify.detectors.instruction import InstructionConfig, InstructionDetector
 from rectify.detectors.templates import TEMPLATES, Template
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.calibration import expected_calibration_error
-from rectify.hub import current_fingerprint, files_digest
+from rectify.hub import current_fingerprint, files_digest, load_language_model
 from rectify.json_files import sha256_of, write_json
 from rectify.training.detector_figures import scikit_learn
 from rectify.training.instruction_rows import InstructionRow
@@ -166,7 +165,7 @@ class _Stage:
         """The language model with its adapter, and the detector that it is part of."""
         settings = self.settings
         name, revision = settings.model_name_or_path, settings.model_revision
-        base, tokenizer = load_base(name, revision)
+        base, tokenizer = load_language_model(name, revision=revision)
         model = with_adapter(base, settings) if start is None else load_adapter(base, start, trainable=True)
         config = InstructionConfig(name, self.template, revision, settings.max_length, settings.chat)
         config.base_fingerprint = current_fingerprint(name, revision)
