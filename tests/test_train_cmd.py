@@ -294,7 +294,7 @@ def test_gradient_checkpointing_changes_nothing(learning):
         torch.manual_seed(1)
         model, data = learning(lora_dropout=0.0)
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.train()(**collate(data.items[:2]))["loss"].backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad})
     for name, gradient in gradients[0].items():

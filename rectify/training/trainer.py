@@ -54,11 +54,18 @@ class AdapterTrainer(Trainer):
 class ModelTraining(nn.Module):
     """A loss around a model of transformers, in the form that the Trainer expects."""
 
-    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
         """Called by the Trainer for `--gradient_checkpointing`."""
+        self._save_memory("activation_checkpointing_enable", settings)
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """The same, as older versions of transformers call it."""
+        self._save_memory("gradient_checkpointing_enable", settings)
+
+    def _save_memory(self, name: str, settings: dict[str, Any]) -> None:
         model = next((module for module in self.modules() if isinstance(module, PreTrainedModel)), None)
         if model is not None:  # the trunk that a Q network shares is no part of it, and not trained
-            model.gradient_checkpointing_enable(**settings)
+            getattr(model, name)(**settings)
             model.enable_input_require_grads()  # what is before an adapter is frozen, and has no gradient
 
 
