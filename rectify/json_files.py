@@ -45,14 +45,15 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 
 def write_figures(path: Path, value: Any) -> None:
     """Write a JSON value as `write_json` does, with `null` for numbers that are undefined, as JSON knows no NaN."""
-    write_json(path, _defined(value))
+    write_json(path, without_undefined(value))
 
 
-def _defined(value: Any) -> Any:
+def without_undefined(value: Any) -> Any:
+    """A JSON value with `None` for numbers that are not finite; tuples become lists."""
     if isinstance(value, dict):
-        return {name: _defined(each) for name, each in value.items()}
+        return {name: without_undefined(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_defined(each) for each in value]
+        return [without_undefined(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

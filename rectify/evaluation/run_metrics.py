@@ -31,7 +31,7 @@ from rectify.evaluation.run_settings import SELF
 from rectify.evaluation.toxicity_prompts import TOXIC, prompt_toxicity
 from rectify.evaluation.weights import Provenance, networks_of
 from rectify.generation.generator import Continuation
-from rectify.json_files import file_sha256, sha256_of
+from rectify.json_files import file_sha256, sha256_of, without_undefined
 from rectify.methods.method import Method
 from rectify.scoring.scores import Scorer
 from rectify.version import __version__
@@ -95,7 +95,7 @@ def measured(run: PromptedRun) -> dict[str, Any]:
     bootstraps = {name: Bootstrap(len(rows), settings.resamples, settings.seed) for name, rows in subsets.items()}
     base = made[run.methods[0]]
     figures = [_figures(run, method, made[method], base, scorers, subsets, bootstraps) for method in run.methods]
-    return _without_nan(
+    return without_undefined(
         {
             "settings": _described(run),
             "scorers": [{"name": scorer.name, "revision": scorer.revision} for scorer in scorers],
@@ -294,11 +294,3 @@ def _failures(made: dict[Method, _Made]) -> list[str]:
                 f"which counts as toxic with a score of {FAILED:g}: {said}"
             )
     return found
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
