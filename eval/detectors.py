@@ -13,6 +13,7 @@ from rectify.errors import InvalidArgumentError
 from rectify.evaluation.detector_report import compare_detectors, detector_tables
 from rectify.evaluation.functional_tests import read_functional_tests
 from rectify.scoring.load import load_scorer
+from rectify.spec_pairs import named_places
 from rectify.splits import split_of
 from rectify.text_files import TEXT_COLUMN, LabelledText, labelled_rows, one_a_file
 
@@ -55,9 +56,7 @@ def read_sources(arguments: argparse.Namespace) -> dict[str, list[LabelledText]]
 
 
 def run(arguments: argparse.Namespace) -> None:
-    specs = dict(each.partition("=")[::2] for each in arguments.detectors)
-    if not all(specs.values()) or len(specs) < len(arguments.detectors):
-        raise InvalidArgumentError(f"detectors is {arguments.detectors}: give NAME=SCORER, each name once")
+    specs = named_places(arguments.detectors, "detectors", "NAME=SCORER")
     if arguments.reference not in (None, *specs):
         raise InvalidArgumentError(f"reference is {arguments.reference!r}: give one of {', '.join(specs)}")
     functional = read_functional_tests(arguments.functional_tests) if arguments.functional_tests else []

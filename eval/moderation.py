@@ -13,6 +13,7 @@ from rectify.detectors.moderation import QAModeration
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.moderation_report import compare_moderations, judge_answers
 from rectify.hub import available_device
+from rectify.spec_pairs import named_places
 
 
 def make_parser() -> Parser:
@@ -33,9 +34,7 @@ def make_parser() -> Parser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    places = dict(each.partition("=")[::2] for each in arguments.moderations)
-    if not all(places.values()) or len(places) < len(arguments.moderations):
-        raise InvalidArgumentError(f"moderations is {arguments.moderations}: give NAME=PATH, each name once")
+    places = named_places(arguments.moderations, "moderations", "NAME=PATH")
     if arguments.reference not in (None, *places):
         raise InvalidArgumentError(f"reference is {arguments.reference!r}: give one of {', '.join(places)}")
     if not arguments.records and arguments.judged is None:

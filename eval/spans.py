@@ -14,12 +14,12 @@ import torch
 
 from rectify.command_line import Parser, execute
 from rectify.detectors.spans import SpanDetector
-from rectify.errors import InvalidArgumentError
 from rectify.evaluation.span_baselines import LexiconSpans, learnt_terms, random_spans
 from rectify.evaluation.span_report import span_report, span_table
 from rectify.hub import available_device
 from rectify.json_files import write_json
 from rectify.scoring.keywords import read_terms
+from rectify.spec_pairs import named_places
 from rectify.text_files import read_annotated_texts
 
 
@@ -39,9 +39,7 @@ def make_parser() -> Parser:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    places = dict(one.partition("=")[::2] for one in arguments.detector)
-    if not all(name and folder for name, folder in places.items()) or len(places) < len(arguments.detector):
-        raise InvalidArgumentError(f"detector is {arguments.detector}: give NAME=FOLDER, each name once")
+    places = named_places(arguments.detector, "detector", "NAME=FOLDER")
     rows = read_annotated_texts(arguments.texts)
     texts = [row.text for row in rows]
     predictions, about = {}, {}

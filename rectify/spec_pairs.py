@@ -1,4 +1,4 @@
-"""The `key=value` pairs that follow a name on the command line."""
+"""The `key=value` pairs of the command line: those that follow a name, and those that give one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rectify.errors import InvalidArgumentError
+
+
+def named_places(entries: Sequence[str], argument: str, form: str) -> dict[str, str]:
+    """What is behind each name.
+
+    Args:
+        entries: each `name=place`.
+        argument: how messages call them.
+        form: that an entry should have, such as `"NAME=FOLDER"`.
+
+    Raises:
+        InvalidArgumentError: an entry is of another form, or a name is given twice.
+    """
+    places = dict(entry.partition("=")[::2] for entry in entries)
+    if not all(name and place for name, place in places.items()) or len(places) < len(entries):
+        raise InvalidArgumentError(f"{argument} is {list(entries)}: give {form}, each name once")
+    return places
 
 
 def read_pairs(pairs: Sequence[str], known: Mapping[str, Callable[[str], Any]], what: str) -> dict[str, Any]:

@@ -30,14 +30,19 @@ def check_filler(spec: str, method: str) -> Method | None:
         InvalidArgumentError: there is no such filler, or the method does not fit one.
         CheckpointError: the substitutions that it names cannot be used.
     """
+    chosen = _method(spec, method)
+    if chosen is not None and (folder := _causal(spec)[1]) is not None:
+        Substitutions.from_pretrained(folder)
+    return chosen
+
+
+def _method(spec: str, method: str) -> Method | None:
+    """That of a causal filler; `None` of others."""
     kind, _, name = spec.partition(":")
     if kind not in {form.partition(":")[0] for form in FILLERS} or not name:
         raise InvalidArgumentError(f"filler is {spec!r}: give one of {', '.join(FILLERS)}")
     if kind != "causal":
         return None
-    _, folder = _causal(spec)
-    if folder is not None:
-        Substitutions.from_pretrained(folder)
     chosen = parse_method(method)
     if not isinstance(chosen, Rectify | Detector | RectifyWithDetector | Static):
         raise InvalidArgumentError(f"fill_method is {method!r}: give rectify, static or detector, with parameters")
@@ -71,7 +76,7 @@ def load_filler(
         >>> filler = load_filler("causal:pocket")
         >>> filler.fill(["You are such a <MASK>, and I told you so"], attempt=0)
     """
-    chosen = check_filler(spec, method)
+    chosen = _method(spec, method)
     kind, _, name = spec.partition(":")
     # imported when asked for, so that one does not wait for another's libraries
     if kind == "seq2seq":

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, TaskType
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
-from rectify.adapters import add_adapter, save_adapter
+from rectify.adapters import save_adapter
 from rectify.builders.cmd_records import ChainExample, to_json
 from rectify.builders.cmd_stages import check_contrast
 from rectify.chain import closed_length
@@ -28,18 +28,16 @@ from rectify.sampling import Sampling
 from rectify.sentence_encoder import masked_mean
 from rectify.training.chain_data import EncodedChains, collate
 from rectify.training.cmd_loss import contrastive_loss
-from rectify.training.language_model import nats_a_token, text_nll
+from rectify.training.language_model import AdapterSettings, check_length, nats_a_token, text_nll, with_adapter
 from rectify.training.running import RESULTS_FILE, checkpoint_to_resume
 from rectify.training.trainer import AdapterTrainer, ModelTraining, run_record, use_fast_attention
 from rectify.vocabulary import Fingerprint
 
 
 @dataclass
-class ChainSettings:
+class ChainSettings(AdapterSettings):
     """What is trained; each field is a flag of `rectify train cmd`."""
 
-    model_name_or_path: str = field(metadata={"help": "causal language model: folder, Hub id, or pocket"})
-    model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub id"})
     max_length: int = field(default=280, metadata={"help": "tokens of a chain; longer ones are left out"})
     contrastive_weight: float = field(default=0.5, metadata={"help": "of the contrastive loss; 0 leaves it out"})
     temperature: float = field(default=1.0, metadata={"help": "τ of the contrastive loss"})
@@ -48,9 +46,6 @@ class ChainSettings:
     lora_r: int = field(default=8, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=16, metadata={"help": "the adapter is scaled by lora_alpha / lora_r"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout before the adapter"})
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "modules that are adapted, by the end of their names"}
-    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.contrastive_weight < float("inf"):
@@ -99,32 +94,22 @@ def train_chains(
     _refuse_encoder_decoder(name, revision)
     if settings.contrastive_weight:
         check_contrast(train, "train_file")
+    fingerprint = current_fingerprint(name, revision)
     checkpoint = checkpoint_to_resume(
         arguments,
         RESULTS_FILE,
         **asdict(settings),
-        base_fingerprint=current_fingerprint(name, revision),
+        base_fingerprint=fingerprint,
         examples_sha256=sha256_of([to_json(example) for example in [*train, *validation]]),
     )
     base, tokenizer = load_language_model(name, revision=revision)
-    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if settings.max_length < 2 or (context is not None and settings.max_length > context):
-        limit = f"to {context}, the model's context" if context is not None else "on"
-        raise InvalidArgumentError(f"max_length is {settings.max_length}: give a number from 2 {limit}")
+    check_length(base, settings.max_length)
     length, most = settings.max_length, settings.sample_tokens
     data = EncodedChains(tokenizer, train, length, most, "train_file")
     held = EncodedChains(tokenizer, validation, length, most, "validation_file")
     held.items.sort(key=lambda item: -len(item["input_ids"]))  # batches of nearly equal length
     set_seed(arguments.seed)
-    model = add_adapter(
-        base,
-        name,
-        task_type=TaskType.CAUSAL_LM,
-        lora_r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=settings.target_modules,
-    )
+    model = with_adapter(base, settings)
     use_fast_attention(base, arguments)
     learning = ChainLearning(model, tokenizer, settings, data.close_ids, arguments.seed)
     trainer = ChainTrainer(
@@ -140,7 +125,7 @@ def train_chains(
     results |= trainer.predict(cast(Any, held), metric_key_prefix="eval").metrics or {}
     with model.disable_adapter():
         before = trainer.predict(cast(Any, held), metric_key_prefix="base").metrics or {}
-    config = DetoxifierConfig(name, Fingerprint.of(tokenizer), revision, current_fingerprint(name, revision))
+    config = DetoxifierConfig(name, Fingerprint.of(tokenizer), revision, fingerprint)
     config.training = {
         "chains": len(data),
         "toxic": sum(item["toxic"] for item in data.items),

@@ -23,7 +23,7 @@ from rectify.errors import InvalidArgumentError
 from rectify.hub import current_fingerprint, load_language_model
 from rectify.json_files import sha256_of, write_json
 from rectify.methods.expert_pair import ANTI_EXPERT, CONFIG_FILE, EXPERT, ExpertsConfig
-from rectify.training.language_model import AdapterSettings, fit, with_adapter
+from rectify.training.language_model import AdapterSettings, check_length, fit, with_adapter
 from rectify.training.running import RESULTS_FILE, check_same, checkpoint_to_resume, folder_of_several
 from rectify.training.trainer import run_record
 from rectify.vocabulary import Fingerprint
@@ -79,9 +79,8 @@ def train_experts(
     name, revision = settings.model_name_or_path, settings.model_revision
     config = ExpertsConfig(name, Fingerprint.of(tokenizer), revision, current_fingerprint(name, revision))
     for side, data in parts.items():
-        given = {**asdict(settings), "base_fingerprint": config.base_fingerprint}
         config.training[side] = _train_one(
-            settings, given, arguments, side, data["train"], data["validation"], callbacks
+            settings, config.base_fingerprint, arguments, side, data["train"], data["validation"], callbacks
         )
     if arguments.should_save:
         config.save_pretrained(folder)
@@ -90,7 +89,7 @@ def train_experts(
 
 def _train_one(
     settings: ExpertSettings,
-    given: dict[str, Any],
+    fingerprint: str | None,
     arguments: TrainingArguments,
     side: str,
     data: EncodedTexts,
@@ -102,7 +101,7 @@ def _train_one(
     arguments = copy(arguments)
     arguments.output_dir = str(folder)
     digest = sha256_of([data.items, held.items])
-    given |= {"texts_sha256": digest}
+    given = {**asdict(settings), "base_fingerprint": fingerprint, "texts_sha256": digest}
     if (folder / RESULTS_FILE).exists():
         check_same(folder, arguments.to_dict() | given)
         return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))["record"]
@@ -134,10 +133,7 @@ def _train_one(
 
 def _load(settings: ExpertSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = load_language_model(settings.model_name_or_path, revision=settings.model_revision)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if settings.max_length < 2 or (context is not None and settings.max_length > context):
-        limit = f"to {context}, the model's context" if context is not None else "on"
-        raise InvalidArgumentError(f"max_length is {settings.max_length}: give a number from 2 {limit}")
+    check_length(model, settings.max_length)
     return model, tokenizer
 
 

@@ -142,6 +142,7 @@ class _Stage:
         checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **given)
         set_seed(arguments.seed)
         model, detector = self._model(start)
+        detector.config.base_fingerprint = given["base_fingerprint"]
         data = EncodedRows(detector, rows, "train")
         held = EncodedRows(detector, self.validation, "validation", detector.room)
         trainer, results = fit(model, arguments, data, held, checkpoint, self.callbacks)
@@ -168,7 +169,6 @@ class _Stage:
         base, tokenizer = load_language_model(name, revision=revision)
         model = with_adapter(base, settings) if start is None else load_adapter(base, start, trainable=True)
         config = InstructionConfig(name, self.template, revision, settings.max_length, settings.chat)
-        config.base_fingerprint = current_fingerprint(name, revision)
         # the model inside, as peft's own does not say that it takes positions
         return model, InstructionDetector(config, cast(PreTrainedModel, model.get_base_model()), tokenizer)
 

@@ -14,6 +14,7 @@ from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, Train
 
 from rectify.adapters import add_adapter
 from rectify.detectors.classifier import pad
+from rectify.errors import InvalidArgumentError
 from rectify.training.trainer import AdapterTrainer, ModelTraining, use_fast_attention
 
 LEFT_OUT = -100
@@ -59,6 +60,18 @@ def with_adapter(model: PreTrainedModel, settings: AdapterSettings) -> PeftModel
         lora_dropout=settings.lora_dropout,
         target_modules=settings.target_modules,
     )
+
+
+def check_length(model: PreTrainedModel, max_length: int) -> None:
+    """Refuse texts of fewer than two tokens, or of more than a model reads.
+
+    Raises:
+        InvalidArgumentError: `max_length` is out of range.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_length < 2 or (context is not None and max_length > context):
+        limit = f"to {context}, the model's context" if context is not None else "on"
+        raise InvalidArgumentError(f"max_length is {max_length}: give a number from 2 {limit}")
 
 
 def fit(
