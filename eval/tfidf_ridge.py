@@ -3,7 +3,7 @@
 python eval/tfidf_ridge.py --prompts prompts.jsonl --split test --output tfidf.json
 
 TF-IDF of words and pairs of words, and of 2 to 5 characters within words. It is fitted to the training records; its
-penalty is that with the least squared error on the validation records. Needs the extra `rectify[train]`.
+penalty is that with the least squared error on the validation records. Needs the extra `rectify-lm[train]`.
 """
 
 import argparse

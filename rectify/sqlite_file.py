@@ -10,15 +10,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Self
 
-from rectify.errors import InvalidArgumentError, RectifyError
+from rectify.errors import CacheError, InvalidArgumentError
 
 BUSY_TIMEOUT_S = 30.0
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-
-
-class CacheError(RectifyError, RuntimeError):
-    """A file of results that cannot be used."""
 
 
 class SqliteFile:

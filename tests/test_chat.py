@@ -7,11 +7,10 @@ import re
 import pytest
 from test_perspective import FakeClock
 
-from rectify.chat import CachedChat, ChatError, ChatSampling, EndpointChat, LocalChat, ReplyCache, ReplyError, make_chat
+from rectify.chat import CachedChat, ChatSampling, EndpointChat, LocalChat, ReplyCache, make_chat
 from rectify.chat.stub import ChatStub
-from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.errors import CacheError, ChatError, CheckpointError, InvalidArgumentError, ReplyError
 from rectify.scoring.stub import Fault, FaultKind, StubAdapter, StubReply, StubServer, first_faults
-from rectify.sqlite_file import CacheError
 
 ASKED = [{"role": "system", "content": "t5 t6"}, {"role": "user", "content": "t7 t8"}]
 KEY = "sk-Secret/+1"

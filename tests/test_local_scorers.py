@@ -10,13 +10,12 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from rectify.detectors import ToxicityClassifier
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
+from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, UnknownAttributeError
 from rectify.scoring import Reason
 from rectify.scoring.classifiers import DetectorScorer, HfScorer
 from rectify.scoring.keywords import KeywordScorer
 from rectify.scoring.labels import attribute_of, outputs_by_attribute
 from rectify.scoring.load import load_scorer
-from rectify.scoring.scores import UnknownAttributeError
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TEXTS = ["t5 t6 t2", "", "t7", "t8 t9 t4 t5 " * 6, " \n", "\ud800", "t5 t6"]

@@ -14,15 +14,17 @@ import pytest
 import requests
 from requests.adapters import HTTPAdapter
 
-from rectify.errors import InvalidArgumentError, RectifyError
-from rectify.scoring import ATTRIBUTES, Reason, UnknownAttributeError
-from rectify.scoring.perspective import (
-    PERSPECTIVE_ATTRIBUTES,
+from rectify.errors import (
     AnalysisError,
     ApiKeyError,
     EndpointError,
-    PerspectiveScorer,
+    InvalidArgumentError,
+    RectifyError,
+    UnknownAttributeError,
+    WireError,
 )
+from rectify.scoring import ATTRIBUTES, Reason
+from rectify.scoring.perspective import PERSPECTIVE_ATTRIBUTES, PerspectiveScorer
 from rectify.scoring.rate_limit import Clock, TokenBucket
 from rectify.scoring.stub import (
     Fault,
@@ -35,7 +37,7 @@ from rectify.scoring.stub import (
     pseudo_score,
     random_faults,
 )
-from rectify.scoring.wire import MAX_BYTES, WireError, key_error
+from rectify.scoring.wire import MAX_BYTES, key_error
 
 KEY = "AIza-Secret+Key/1"
 

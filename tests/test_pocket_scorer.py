@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.errors import CheckpointError, InvalidArgumentError, UnknownAttributeError
 from rectify.evaluation.agreement import agreement
 from rectify.pocket import scorer as recipe
 from rectify.pocket.texts import pieces
-from rectify.scoring import ATTRIBUTES, Reason, UnknownAttributeError
+from rectify.scoring import ATTRIBUTES, Reason
 from rectify.scoring.pocket import PocketScorer, ScorerConfig
 
 TEXTS = ["You are an idiot", "have a nice day, all of you", "Nice!", "day " * 200]

@@ -13,9 +13,8 @@ from tokenizers.models import WordLevel
 from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from rectify.builders.masking import MASK
-from rectify.chat import ReplyError
 from rectify.detectors.span_decoding import Span
-from rectify.errors import InvalidArgumentError, TrajectoryError
+from rectify.errors import InvalidArgumentError, ReplyError, TrajectoryError
 from rectify.evaluation.chrf import chrf
 from rectify.evaluation.fluency import continuation_nll
 from rectify.evaluation.rewriting import measure_rewrites, rewrite, table

@@ -207,7 +207,7 @@ def test_without_matplotlib_the_page_says_so(run, monkeypatch):
     monkeypatch.setattr(run_report, "can_plot", lambda: False)
     report = write_report(run)
     assert "![" not in report
-    assert "rectify[plots]" in (run.folder / "report.html").read_text()
+    assert "rectify-lm[plots]" in (run.folder / "report.html").read_text()
 
 
 def test_texts_cannot_break_the_page():

@@ -8,13 +8,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from rectify.errors import InvalidArgumentError, RectifyError
+from rectify.errors import CacheError, InvalidArgumentError, RectifyError, UnknownAttributeError, WireError
 from rectify.scoring import ATTRIBUTES, Reason, Scores
 from rectify.scoring.cache import CachedScorer, ScoreCache
-from rectify.scoring.scores import UnknownAttributeError, check_attributes
+from rectify.scoring.scores import check_attributes
 from rectify.scoring.stub import pseudo_score
-from rectify.scoring.wire import WireError
-from rectify.sqlite_file import CacheError
 
 TWO = ("TOXICITY", "INSULT")
 

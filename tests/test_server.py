@@ -17,11 +17,11 @@ import uvicorn
 from googleapiclient import discovery
 from googleapiclient.errors import HttpError
 
-from rectify.errors import InvalidArgumentError
+from rectify.errors import InvalidArgumentError, ScoringError, UnavailableError, UnknownAttributeError
 from rectify.scoring import serve_command
-from rectify.scoring.batching import Batcher, ScoringError, UnavailableError
+from rectify.scoring.batching import Batcher
 from rectify.scoring.perspective import PerspectiveScorer
-from rectify.scoring.scores import Reason, Scores, UnknownAttributeError, check_attributes, reason_against
+from rectify.scoring.scores import Reason, Scores, check_attributes, reason_against
 from rectify.scoring.server import MAX_BODY, make_app
 from rectify.scoring.service import MAX_SPANS
 from rectify.scoring.wire import ANALYZE_PATH, SUGGEST_PATH, analyze_body
@@ -575,4 +575,4 @@ def test_the_command_names_the_extra_that_is_lacking(lacking, monkeypatch, capsy
         monkeypatch.delitem(__import__("sys").modules, name)
         monkeypatch.setitem(__import__("sys").modules, "starlette.applications", None)
     assert serve_command.main(["--port", "0"]) == 2
-    assert "pip install rectify[serve]" in capsys.readouterr().err
+    assert "pip install 'rectify-lm[serve]'" in capsys.readouterr().err

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import requests
 
-from rectify.scoring import ATTRIBUTES, Reason, UnknownAttributeError
+from rectify.errors import UnknownAttributeError
+from rectify.scoring import ATTRIBUTES, Reason
 from rectify.scoring.stub import (
     Fault,
     FaultKind,

@@ -5,13 +5,13 @@ import time
 
 import pytest
 
+from rectify.errors import WireError
 from rectify.scoring.sentences import sentence_spans
 from rectify.scoring.wire import (
     AnalyzeRequest,
     AttributeScore,
     Span,
     Utf16,
-    WireError,
     analyze_body,
     analyze_response,
     decode_body,

@@ -11,9 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rectify.chat.model import ChatModel, Message, ReplyError
+from rectify.chat.model import ChatModel, Message
 from rectify.detectors.templates import Template
-from rectify.errors import InvalidArgumentError
+from rectify.errors import InvalidArgumentError, ReplyError
 from rectify.scoring.http_calls import as_completed
 
 

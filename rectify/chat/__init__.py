@@ -4,7 +4,8 @@ from rectify.chat.cache import CachedChat, ReplyCache
 from rectify.chat.endpoint import EndpointChat
 from rectify.chat.load import CHATS, make_chat
 from rectify.chat.local import LocalChat
-from rectify.chat.model import ChatError, ChatModel, ChatSampling, Message, ReplyError
+from rectify.chat.model import ChatModel, ChatSampling, Message
+from rectify.errors import ChatError, ReplyError
 
 __all__ = [
     "CHATS",

@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 from requests.adapters import BaseAdapter
 
-from rectify.chat.model import ChatError, ChatSampling, Message, ReplyError, check_messages
+from rectify.chat.model import ChatSampling, Message, check_messages
+from rectify.errors import ChatError, ReplyError
 from rectify.scoring.http_calls import PASSING_STATUSES, Calls, Key, warn_if_shown, whole_address
 from rectify.scoring.rate_limit import Clock
 from rectify.scoring.scores import Reason

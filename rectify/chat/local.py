@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from jinja2 import TemplateError
 
-from rectify.chat.model import ChatSampling, Message, ReplyError, check_messages
-from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.chat.model import ChatSampling, Message, check_messages
+from rectify.errors import CheckpointError, InvalidArgumentError, ReplyError
 from rectify.hub import available_device, load_language_model
 from rectify.sampling import Sampling
 from rectify.scoring.scores import Reason

@@ -6,26 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rectify.errors import InvalidArgumentError, RectifyError
-from rectify.scoring.scores import Reason
+from rectify.errors import InvalidArgumentError
 
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": "…"}`."""
 
 _ROLES = ("system", "user", "assistant")
-
-
-class ChatError(RectifyError, RuntimeError):
-    """No conversation gets a reply: the run ends."""
-
-
-class ReplyError(RectifyError, RuntimeError):
-    """One conversation gets no reply; `reason` says why, and whether it may get one another time."""
-
-    def __init__(self, reason: Reason, said: str = "") -> None:
-        remedy = "try again later" if reason.passing else "change it"
-        super().__init__(f"conversation has no reply ({reason}{f', {said}' if said else ''}): {remedy}")
-        self.reason = reason
 
 
 class ChatModel(Protocol):

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from rectify.adapters import quiet_loading
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
+from rectify.errors import CheckpointError, InvalidArgumentError, MissingExtraError
 from rectify.hub import model_place, refusing_unusable, weights_fingerprint
 
 Quantization = Literal["none", "nf4"]
@@ -113,7 +113,7 @@ def _leave_unpacked(model: nn.Module) -> None:
 
 def _nf4(config: PreTrainedConfig) -> BitsAndBytesConfig:
     if not is_bitsandbytes_available():
-        raise RectifyError("quantization is 'nf4', and bitsandbytes is not installed: pip install 'rectify[quant]'")
+        raise MissingExtraError("quantization is 'nf4', and bitsandbytes", "quant")
     with torch.device("meta"), quiet_loading():
         head = _head(AutoModelForSequenceClassification.from_config(config))
     return BitsAndBytesConfig(

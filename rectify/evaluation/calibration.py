@@ -1,6 +1,6 @@
 """Whether predicted probabilities are what is observed: numpy arrays in, numbers out.
 
-AUC and Brier scores come from scikit-learn, which the extra `rectify[train]` brings.
+AUC and Brier scores come from scikit-learn, which the extra `train` brings.
 """
 
 from __future__ import annotations

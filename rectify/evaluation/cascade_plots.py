@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rectify.detectors.cascade import Curve, risk_coverage
+from rectify.errors import install_line
 from rectify.evaluation.plotting import can_plot
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def draw_curves(
         The picture; `None` without matplotlib.
     """
     if not can_plot():
-        logger.info("no curves are drawn without matplotlib: pip install 'rectify[plots]'")
+        logger.info("no curves are drawn without matplotlib: %s", install_line("plots"))
         return None
     from matplotlib.figure import Figure
 

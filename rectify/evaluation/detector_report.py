@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rectify.errors import install_line
 from rectify.evaluation.calibration import reliability
 from rectify.evaluation.detector_intervals import THRESHOLD, detector_difference, detector_figures
 from rectify.evaluation.functional_tests import FunctionalTest, functional_accuracy
@@ -104,7 +105,7 @@ def compare_detectors(
         _calibration_plot(scored, labels).savefig(output_dir / "calibration.png", dpi=120)
         _matrix_plot(metrics).savefig(output_dir / "matrix.png", dpi=120)
     else:
-        logger.info("no pictures are drawn without matplotlib: pip install 'rectify[plots]'")
+        logger.info("no pictures are drawn without matplotlib: %s", install_line("plots"))
     return metrics
 
 

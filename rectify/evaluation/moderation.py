@@ -92,7 +92,7 @@ def moderation_figures(
         categories' decisions together.
 
     Raises:
-        RectifyError: scikit-learn is not installed.
+        MissingExtraError: scikit-learn is not installed.
     """
     metrics = scikit_learn()
     probabilities = probabilities.astype(np.float64)
@@ -128,7 +128,7 @@ def tuned_thresholds(probabilities: np.ndarray, harmful: np.ndarray) -> np.ndarr
         harmful: `[N, L]` bool.
 
     Raises:
-        RectifyError: scikit-learn is not installed.
+        MissingExtraError: scikit-learn is not installed.
     """
     metrics = scikit_learn()
     found = np.full(harmful.shape[1], UNTUNED)

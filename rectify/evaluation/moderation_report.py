@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from rectify.detectors.moderation import QAModeration
-from rectify.errors import InvalidArgumentError
+from rectify.errors import InvalidArgumentError, install_line
 from rectify.evaluation.moderation import flagged_differences, flagged_estimates, moderation_figures
 from rectify.evaluation.moderation_agreement import OURS, Agreement, agreement_of, agreement_plot, read_judged
 from rectify.evaluation.plotting import can_plot
@@ -151,7 +151,7 @@ def judge_answers(
     if can_plot():
         agreement_plot(agreement).savefig(output_dir / "flagged-proportion.png", dpi=150)
     else:
-        logger.info("no plot is drawn without matplotlib: pip install 'rectify[plots]'")
+        logger.info("no plot is drawn without matplotlib: %s", install_line("plots"))
     return agreement, _markdown("Judges", [_agreement_table(agreement)])
 
 

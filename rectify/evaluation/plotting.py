@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from rectify.errors import InvalidArgumentError
+from rectify.errors import InvalidArgumentError, install_line
 
 
 def can_plot() -> bool:
@@ -23,7 +23,7 @@ def check_plot(path: str | Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as error:
         raise InvalidArgumentError(
-            f"plot is {str(path)!r}, and matplotlib is not installed: pip install 'rectify[plots]'"
+            f"plot is {str(path)!r}, and matplotlib is not installed: {install_line('plots')}"
         ) from error
     if Path(path).suffix.removeprefix(".") not in FigureCanvasAgg.filetypes:
         raise InvalidArgumentError(f"plot is {str(path)!r}: give the name of a .png, .pdf or .svg file")

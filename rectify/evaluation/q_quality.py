@@ -1,7 +1,7 @@
 """How good a dead-end Q network is: does its risk foretell how texts end, and does it depend on the context?
 
 Texts are fresh rollouts of the language model under the reward model, people's texts under people's labels, and
-RealToxicityPrompts texts under Perspective's scores. AUC and Brier scores need the extra `rectify[train]`.
+RealToxicityPrompts texts under Perspective's scores. AUC and Brier scores need the extra `train`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
+from rectify.errors import install_line
 from rectify.evaluation.examples import Example
 from rectify.evaluation.run_tables import Table
 
@@ -51,7 +52,7 @@ def page(
     parts += [_table(table) for table in tables[:1]]
     parts += [_picture(*each) for each in pictures]
     if not pictures:
-        parts.append("<p class=note>Pictures need matplotlib: <code>pip install 'rectify[plots]'</code></p>")
+        parts.append(f"<p class=note>Pictures need matplotlib: <code>{install_line('plots')}</code></p>")
     parts += [_table(table) for table in tables[1:]]
     if examples:
         parts.append(

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from rectify.builders.masking import MASK
-from rectify.chat import ChatModel, Message, ReplyError
+from rectify.chat import ChatModel, Message
+from rectify.errors import ReplyError
 
 _INSTRUCTION = (
     f"Each message is a text in which offensive words were replaced by {MASK}. Answer with the same text, in which "

@@ -10,18 +10,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from rectify.errors import InvalidArgumentError, RectifyError
+from rectify.errors import InvalidArgumentError, ScoringError, UnavailableError
 from rectify.scoring.scores import Scorer, Scores
 
 logger = logging.getLogger(__name__)
-
-
-class UnavailableError(RectifyError, RuntimeError):
-    """Nothing is scored now: too much waits already, or the end has come."""
-
-
-class ScoringError(RectifyError, RuntimeError):
-    """The scorer failed with a whole batch."""
 
 
 @dataclass(eq=False)

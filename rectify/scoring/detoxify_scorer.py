@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
+from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line, install_line
 from rectify.scoring.labels import outputs_by_attribute
 from rectify.scoring.scores import Scores, check_attributes, reason_against
 
@@ -46,7 +46,7 @@ class DetoxifyScorer:
             installed = version("detoxify")
         except PackageNotFoundError as error:
             raise RectifyError(
-                f"scorer 'detoxify:{model}' needs the package detoxify: pip install 'rectify[detoxify]', or give "
+                f"scorer 'detoxify:{model}' needs the package detoxify: {install_line('detoxify')}, or give "
                 "another scorer"
             ) from error
         self.name, self.revision = f"detoxify:{model}", f"detoxify {installed}"

@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
-from rectify.scoring.wire_errors import WireError
+from rectify.errors import WireError
 
 MAX_CALLS = 1000
 

@@ -9,18 +9,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from requests.adapters import BaseAdapter
 
-from rectify.errors import InvalidArgumentError
+from rectify.errors import AnalysisError, ApiKeyError, EndpointError, InvalidArgumentError, PerspectiveError
 from rectify.scoring.http_calls import Calls, as_completed, warn_if_shown
 from rectify.scoring.perspective_endpoint import (
     GOOGLE_URL,
     KEY_VARIABLE,
     PERSPECTIVE_ATTRIBUTES,
     URL_VARIABLE,
-    AnalysisError,
-    ApiKeyError,
     Endpoint,
-    EndpointError,
-    PerspectiveError,
 )
 from rectify.scoring.rate_limit import Clock
 from rectify.scoring.scores import Reason, Scores, check_attributes, reason_against

@@ -6,9 +6,9 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
-from rectify.errors import InvalidArgumentError, RectifyError
+from rectify.errors import ApiKeyError, EndpointError, InvalidArgumentError, UnknownAttributeError
 from rectify.scoring.http_calls import PASSING_STATUSES, Key, whole_address
-from rectify.scoring.scores import ATTRIBUTES, Reason, UnknownAttributeError
+from rectify.scoring.scores import ATTRIBUTES, Reason
 from rectify.scoring.wire import ANALYZE_PATH
 
 GOOGLE_URL = "https://commentanalyzer.googleapis.com"
@@ -31,26 +31,6 @@ _PERMANENT = (
     Reason.LANGUAGE_NOT_SUPPORTED,
     Reason.LANGUAGE_DETECTION_FAILED,
 )
-
-
-class PerspectiveError(RectifyError, RuntimeError):
-    """No text can be scored: the run ends."""
-
-
-class ApiKeyError(PerspectiveError):
-    """The key is missing, malformed or refused."""
-
-
-class EndpointError(PerspectiveError):
-    """The endpoint does not speak Perspective's format."""
-
-
-class AnalysisError(RectifyError, RuntimeError):
-    """One text has no score; `reason` says why."""
-
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(f"text has no score ({reason}): {'try again later' if reason.passing else 'change it'}")
-        self.reason = reason
 
 
 class Endpoint:

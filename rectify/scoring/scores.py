@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
-from rectify.errors import InvalidArgumentError
+from rectify.errors import InvalidArgumentError, UnknownAttributeError
 
 ATTRIBUTES = (
     "TOXICITY",
@@ -133,10 +133,6 @@ class Judge(Scorer, Protocol):
 def is_judge(scorer: Scorer) -> TypeGuard[Judge]:
     """Whether a scorer makes a verdict of its scores."""
     return callable(getattr(scorer, "verdict", None))
-
-
-class UnknownAttributeError(InvalidArgumentError):
-    """An attribute that a scorer does not score."""
 
 
 def check_attributes(scorer: Scorer, attributes: Iterable[str]) -> tuple[str, ...]:

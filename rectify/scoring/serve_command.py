@@ -8,16 +8,12 @@ import os
 import socket
 
 from rectify.command_line import Parser, execute, say
-from rectify.errors import InvalidArgumentError, RectifyError
+from rectify.errors import InvalidArgumentError, MissingExtraError
 from rectify.scoring.load import SCORERS, load_scorer
 
 KEYS_VARIABLE = "RECTIFY_API_KEYS"
 _MAX_CONNECTIONS = 1024
 _CLOSING_SECONDS = 10
-
-
-class MissingExtraError(RectifyError, ImportError):
-    """A library is lacking that only some commands need."""
 
 
 def make_parser(prog: str) -> Parser:
@@ -62,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
             raise
-        raise MissingExtraError(f"{error.name} is not installed: pip install rectify[serve]") from error
+        raise MissingExtraError(error.name or "starlette", "serve") from error
     keys = arguments.api_key or [key for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
     scorer = load_scorer(arguments.scorer)
     app = make_app(

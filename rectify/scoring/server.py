@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rectify.errors import WireError
 from rectify.scoring.access import Access
 from rectify.scoring.batching import Batcher
 from rectify.scoring.discovery import VERSION, discovery_document
@@ -23,7 +24,7 @@ from rectify.scoring.http_batch import format_batch, parse_batch
 from rectify.scoring.page import PAGE_POLICY, page
 from rectify.scoring.scores import Scorer, check_attributes
 from rectify.scoring.service import Reply, Service
-from rectify.scoring.wire import ANALYZE_PATH, SUGGEST_PATH, WireError
+from rectify.scoring.wire import ANALYZE_PATH, SUGGEST_PATH
 from rectify.scoring.wire_errors import method_error, path_error, size_error
 
 MAX_BODY = 2**20

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rectify.errors import InvalidArgumentError
+from rectify.errors import InvalidArgumentError, ScoringError, UnavailableError, WireError
 from rectify.scoring.access import Access
-from rectify.scoring.batching import Batcher, ScoringError, UnavailableError
+from rectify.scoring.batching import Batcher
 from rectify.scoring.scores import Reason, Scores
 from rectify.scoring.sentences import sentence_spans
 from rectify.scoring.wire import (
@@ -22,7 +22,6 @@ from rectify.scoring.wire import (
     AnalyzeRequest,
     AttributeScore,
     Span,
-    WireError,
     analyze_response,
     decode_body,
     parse_analyze_request,

@@ -22,13 +22,13 @@ from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
 from urllib3 import HTTPResponse
 
+from rectify.errors import WireError
 from rectify.scoring.scores import ATTRIBUTES, Scores, check_attributes, reason_against
 from rectify.scoring.wire import (
     ANALYZE_PATH,
     AnalyzeRequest,
     AttributeScore,
     Span,
-    WireError,
     analyze_response,
     key_error,
     parse_analyze_request,

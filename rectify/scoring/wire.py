@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rectify.scoring.wire_errors import WireError, key_error, quota_error
+from rectify.errors import WireError
+from rectify.scoring.wire_errors import key_error, quota_error
 from rectify.scoring.wire_requests import (
     ANALYZE_PATH,
     MAX_BYTES,

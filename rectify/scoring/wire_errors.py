@@ -5,47 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rectify.errors import RectifyError
+from rectify.errors import WireError
 
-_ERROR_TYPE = "type.googleapis.com/google.commentanalyzer.v1alpha1.Error"
 _RPC = "type.googleapis.com/google.rpc."
 SERVICE = "commentanalyzer.googleapis.com"
-
-
-class WireError(RectifyError):
-    """An error as Perspective sends it.
-
-    Args:
-        message: for people.
-        error_type: Perspective's name of the error, as `"COMMENT_EMPTY"`; `None` where its errors carry none.
-        code: HTTP status.
-        status: Google's name of the status.
-        details: whole details, after the one that names the type.
-        fields: further fields of that one.
-        headers: of the HTTP answer.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        error_type: str | None = None,
-        code: int = 400,
-        status: str = "INVALID_ARGUMENT",
-        details: Sequence[dict[str, Any]] = (),
-        fields: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message, self.error_type, self.code, self.status = message, error_type, code, status
-        self.headers = dict(headers or {})
-        self._details = list(details)
-        if error_type is not None:
-            self._details.insert(0, {"@type": _ERROR_TYPE, "errorType": error_type, **(fields or {})})
-
-    def body(self) -> dict[str, Any]:
-        """The JSON body."""
-        error: dict[str, Any] = {"code": self.code, "message": self.message, "status": self.status}
-        return {"error": error | ({"details": self._details} if self._details else {})}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeGuard
 
+from rectify.errors import WireError
 from rectify.scoring.wire_errors import (
-    WireError,
     context_error,
     empty_error,
     field_error,

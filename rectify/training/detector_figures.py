@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rectify.errors import RectifyError
+from rectify.errors import MissingExtraError
 from rectify.evaluation.calibration import expected_calibration_error
 
 FIGURES = (
@@ -39,7 +39,7 @@ def validation_figures(probability: np.ndarray, label: np.ndarray) -> dict[str, 
         are soft, their correlation `pearson`.
 
     Raises:
-        RectifyError: scikit-learn is not installed.
+        MissingExtraError: scikit-learn is not installed.
     """
     metrics = scikit_learn()
     probability, label = probability.astype(np.float64), label.astype(np.float64)
@@ -81,10 +81,10 @@ def scikit_learn() -> Any:
     """`sklearn.metrics`.
 
     Raises:
-        RectifyError: scikit-learn is not installed.
+        MissingExtraError: scikit-learn is not installed.
     """
     try:
         from sklearn import metrics
     except ImportError as error:
-        raise RectifyError("scikit-learn is not installed: pip install 'rectify[train]'") from error
+        raise MissingExtraError("scikit-learn", "train") from error
     return metrics

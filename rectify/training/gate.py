@@ -124,7 +124,7 @@ def train_gate(
         InvalidArgumentError: there is no text, a source has no adapter or an adapter no source though the objective
             needs one, a setting is out of range, or the folder holds another training.
         CheckpointError: nothing usable is at an adapter's place or the encoder's.
-        RectifyError: scikit-learn is not installed.
+        MissingExtraError: scikit-learn is not installed.
     """
     scikit_learn()  # missing, it is to be missed now and not after the training
     places = settings.places()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rectify.errors import install_line
 from rectify.evaluation.calibration import reliability
 from rectify.evaluation.plotting import can_plot
 
@@ -77,7 +78,7 @@ def plot_detector(history: Sequence[dict[str, Any]], path: Path) -> bool:
 
 def _can_plot() -> bool:
     if not can_plot():
-        logger.info("no curves are drawn without matplotlib: pip install 'rectify[plots]'")
+        logger.info("no curves are drawn without matplotlib: %s", install_line("plots"))
     return can_plot()
 
 

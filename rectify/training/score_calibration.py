@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rectify.errors import RectifyError
+from rectify.errors import MissingExtraError
 
 _KNOTS = np.linspace(0, 1, 41)
 _LOG_TEMPERATURES = tuple(np.log((0.1, 100)))
@@ -25,7 +25,7 @@ def calibration_curve(probability: np.ndarray, label: np.ndarray) -> list[list[f
         `[probabilities, calibrated ones]`, both ascending, the first from 0 to 1, for `numpy.interp`.
 
     Raises:
-        RectifyError: scikit-learn is not installed.
+        MissingExtraError: scikit-learn is not installed.
     """
     curve = _model()
     given, wanted = probability.astype(np.float64), label.astype(np.float64)
@@ -55,12 +55,12 @@ def calibration_temperature(logit: np.ndarray, label: np.ndarray) -> float:
         scale.
 
     Raises:
-        RectifyError: scikit-learn, and scipy with it, is not installed.
+        MissingExtraError: scikit-learn, and scipy with it, is not installed.
     """
     try:
         from scipy.optimize import minimize_scalar
     except ImportError as error:
-        raise RectifyError("scikit-learn is not installed: pip install 'rectify[train]'") from error
+        raise MissingExtraError("scikit-learn", "train") from error
     logit, label = logit.astype(np.float64), label.astype(np.float64)
     if (label == 0).all() or (label == 1).all():
         return 1.0
@@ -82,7 +82,7 @@ def _model() -> Any:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import FunctionTransformer, PolynomialFeatures
     except ImportError as error:
-        raise RectifyError("scikit-learn is not installed: pip install 'rectify[train]'") from error
+        raise MissingExtraError("scikit-learn", "train") from error
     return make_pipeline(
         FunctionTransformer(_logit), PolynomialFeatures(2, include_bias=False), LogisticRegression(C=1e6)
     )
