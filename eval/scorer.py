@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> int:
-    return execute(run, make_parser(), argv)
+    return execute(run, make_parser(), argv, extras=["train"])
 
 
 if __name__ == "__main__":

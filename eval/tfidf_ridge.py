@@ -12,9 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import Ridge
-from sklearn.pipeline import make_union
 
 from rectify.command_line import Parser, execute
 from rectify.evaluation.agreement import agreement, agreement_table
@@ -34,6 +31,10 @@ def make_parser() -> Parser:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_union
+
     parts = {split: perspective_scores(arguments.prompts, split) for split in ("train", "validation", "test")}
     texts = {split: [text for text, _ in rows] for split, rows in parts.items()}
     truth = {split: np.array([scores for _, scores in rows]) for split, rows in parts.items()}
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> int:
-    return execute(run, make_parser(), argv)
+    return execute(run, make_parser(), argv, extras=["train"])
 
 
 if __name__ == "__main__":

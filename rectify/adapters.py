@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import cast
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.quiet import quiet_loading, without_bitsandbytes
+from rectify.quiet_peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 ADAPTER_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -55,7 +60,7 @@ def add_adapter(
             modules_to_save=None if modules_to_save is None else list(modules_to_save),
             task_type=task_type,
         )
-        with quiet_loading():
+        with quiet_loading(), without_bitsandbytes():
             return cast(PeftModel, get_peft_model(model, adapter))
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise InvalidArgumentError(
@@ -115,7 +120,7 @@ def put_adapter(
     Raises:
         CheckpointError: the weights are not those of the adapter.
     """
-    with quiet_loading():
+    with quiet_loading(), without_bitsandbytes():
         if isinstance(model, PeftModel):
             model.add_adapter(name, adapter)
         else:
@@ -132,18 +137,3 @@ def _weights(model: PeftModel, name: str = "default", state: Mapping[str, Tensor
     # the embeddings are the backbone's; asked to decide by itself, peft would look it up on the Hub
     given = None if state is None else dict(state)
     return get_peft_model_state_dict(model, given, adapter_name=name, save_embedding_layers=False)
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without what other libraries say of new heads and of GPT-2's layers."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")
-            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")  # a bundled name
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)

@@ -6,14 +6,11 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from huggingface_hub.utils import logging as hub_logging
-from transformers import HfArgumentParser
-from transformers.utils import logging as transformers_logging
-
-from rectify.errors import RectifyError, first_line
+from rectify.errors import RectifyError
+from rectify.extras import need_extra
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,44 +20,38 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-class DataclassParser(HfArgumentParser):
-    """A parser whose flags are the fields of dataclasses, `transformers.TrainingArguments` among them."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse in one line."""
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """The dataclasses as a tuple, checked by their own `__post_init__`."""
-        try:
-            return self.parse_args_into_dataclasses(args, look_for_args_file=False)
-        except (ValueError, ImportError) as error:
-            self.error(first_line(error))
-
-
 def say(message: str) -> None:
     """A line for the person at the terminal: on standard error, so that results stay alone on standard output."""
     print(message, file=sys.stderr, flush=True)
 
 
-def execute(run: Callable[[Any], None], parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
+def execute(
+    run: Callable[[Any], None], parser: argparse.ArgumentParser, argv: list[str] | None, extras: Sequence[str] = ()
+) -> int:
     """Parse and run a command; a refusal becomes one line on standard error.
 
     Args:
         run: the command, given what the parser returns: a namespace, or a tuple of dataclasses.
-        parser: a `Parser` or a `DataclassParser`.
+        parser: a `Parser` or a `rectify.dataclass_parser.DataclassParser`.
         argv: the arguments; `None` for those of the process.
+        extras: of this package, without which the command is refused.
 
     Returns:
         The exit code: 0, 2 for a refusal, 130 when interrupted.
     """
     arguments = parser.parse_args(argv)
+    # after parsing, as --help is not to wait for them
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of other libraries, which the reader cannot mend
+            for extra in extras:
+                need_extra(extra)
             run(arguments)
         sys.stdout.flush()
     except RectifyError as error:

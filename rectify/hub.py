@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
+from rectify.quiet import bars_on_terminals
 
 POCKET = {
     "pocket": "lm",
@@ -169,7 +170,7 @@ def load_language_model(
     place = model_place(name, revision)
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
-    with refusing_unusable(f"model {name!r}", "give a causal language model with its tokenizer"):
+    with refusing_unusable(f"model {name!r}", "give a causal language model with its tokenizer"), bars_on_terminals():
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main")
         model = AutoModelForCausalLM.from_pretrained(
             place, revision=revision or "main", dtype="auto" if dtype is None else dtype

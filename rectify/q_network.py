@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,6 +20,8 @@ from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.heads import LowRankHead, PublishedHead
 from rectify.hub import checkpoint_folder, model_place
 from rectify.padding import follows
+from rectify.quiet import bars_on_terminals, quiet_loading, without_bitsandbytes
+from rectify.quiet_peft import PeftConfig, PeftModel, get_peft_model
 from rectify.risk_model import TextRisk
 from rectify.trunk_states import hidden_states, takes_positions
 from rectify.vocabulary import Fingerprint
@@ -161,7 +162,8 @@ class DeadEndQNetwork(nn.Module):
                     "say where the trunk can be loaded from, or train it whole"
                 )
             adapter.base_model_name_or_path = None  # peft would warn that it is not the trunk's own name
-            body = cast(PeftModel, get_peft_model(body, adapter))
+            with quiet_loading(), without_bitsandbytes():
+                body = cast(PeftModel, get_peft_model(body, adapter))
             adapter.base_model_name_or_path = config.base_model
         network = cls(config, body)
         cast(LowRankHead, network.head).start_from_embeddings(embeddings)
@@ -201,11 +203,14 @@ class DeadEndQNetwork(nn.Module):
             if config.shared:
                 trunk = _shared_trunk(config, model, dtype, device)
             elif config.base_model is None:
-                trunk = AutoModel.from_pretrained(folder / TRUNK_FOLDER, dtype=dtype, use_safetensors=True)
+                with bars_on_terminals():
+                    trunk = AutoModel.from_pretrained(folder / TRUNK_FOLDER, dtype=dtype, use_safetensors=True)
             else:
                 base = model_place(config.base_model, config.base_revision)
-                trunk = AutoModel.from_pretrained(base, dtype=dtype, revision=config.base_revision or "main")
-                trunk = PeftModel.from_pretrained(trunk, folder / ADAPTER_FOLDER, is_trainable=is_trainable)
+                with bars_on_terminals():
+                    trunk = AutoModel.from_pretrained(base, dtype=dtype, revision=config.base_revision or "main")
+                with quiet_loading(), without_bitsandbytes():
+                    trunk = PeftModel.from_pretrained(trunk, folder / ADAPTER_FOLDER, is_trainable=is_trainable)
                 if not is_trainable:
                     trunk.merge_adapter()
             network = cls(config, trunk)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.adapters import quiet_loading
 from rectify.detectors.classifier import batches_by_length
 from rectify.errors import InvalidArgumentError
 from rectify.hub import model_place, refusing_unusable, weights_fingerprint
+from rectify.quiet import quiet_loading
 
 
 class SentenceEncoder(nn.Module):

@@ -570,5 +570,5 @@ def test_help_names_the_defaults_of_the_command(capsys):
 
 def test_without_scikit_learn_the_remedy_is_named(backbones, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(RectifyError, match=r"pip install 'rectify\[train\]'"):
+    with pytest.raises(RectifyError, match=r"pip install 'rectify-lm\[train\]'"):
         train_detector(settings(backbones), arguments(tmp_path), TRAIN, HELD)

@@ -2,7 +2,6 @@
 
 import sys
 import types
-from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from rectify.detectors import ToxicityClassifier
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, UnknownAttributeError
+from rectify.errors import CheckpointError, InvalidArgumentError, MissingExtraError, UnknownAttributeError
 from rectify.scoring import Reason
 from rectify.scoring.classifiers import DetectorScorer, HfScorer
 from rectify.scoring.keywords import KeywordScorer
@@ -280,11 +279,8 @@ def test_detoxify_is_loaded_when_it_first_scores(monkeypatch):
 
 
 def test_detoxify_that_is_not_installed_is_named_with_its_extra(monkeypatch):
-    def absent(name):
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr("rectify.scoring.detoxify_scorer.version", absent)
-    with pytest.raises(RectifyError, match=r"rectify\[detoxify\]"):
+    monkeypatch.setitem(sys.modules, "detoxify", None)
+    with pytest.raises(MissingExtraError, match=r"rectify-lm\[detoxify\]"):
         load_scorer("detoxify:original")
 
 

@@ -1,13 +1,14 @@
 """QLoRA: a 4-bit backbone trains on a CPU, also after an evaluation, and is loaded as it was."""
 
 import json
+import sys
 
 import pytest
 import torch
 from transformers import TrainingArguments
 
-from rectify import RectifyError
-from rectify.detectors import ToxicityClassifier, backbone
+from rectify import MissingExtraError
+from rectify.detectors import ToxicityClassifier
 from rectify.training.detector import DetectorSettings, train_detector
 
 ROWS = [("t5 t6", 1.0), ("t7 t8", 0.0)] * 16
@@ -58,6 +59,6 @@ def test_a_4_bit_backbone_trains_and_is_loaded_again(place, tmp_path):
 
 
 def test_without_bitsandbytes_the_remedy_is_named(place, monkeypatch):
-    monkeypatch.setattr(backbone, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(RectifyError, match=r"pip install 'rectify\[quant\]'"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'rectify-lm\[quant\]'"):
         ToxicityClassifier.from_backbone(place, quantization="nf4")

@@ -10,9 +10,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -22,6 +19,7 @@ from rectify.detectors.classifier import ToxicityClassifier, load_base, read_cla
 from rectify.detectors.config import DetectorConfig
 from rectify.errors import InvalidArgumentError
 from rectify.hub import checkpoint_folder
+from rectify.quiet_peft import LoraLayer, ModulesToSaveWrapper, PeftModel
 
 
 class AdapterBlend(nn.Module):

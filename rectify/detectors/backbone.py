@@ -15,11 +15,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_bitsandbytes_available
 
-from rectify.adapters import quiet_loading
-from rectify.errors import CheckpointError, InvalidArgumentError, MissingExtraError
+from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.extras import need_extra
 from rectify.hub import model_place, refusing_unusable, weights_fingerprint
+from rectify.quiet import quiet_loading
 
 Quantization = Literal["none", "nf4"]
 
@@ -62,10 +62,12 @@ def load_backbone(
     Raises:
         CheckpointError: nothing usable is there, or it lacks the head, or another weight where all are needed.
         InvalidArgumentError: it is an encoder-decoder.
-        RectifyError: bitsandbytes is needed and not installed.
+        MissingExtraError: bitsandbytes is needed and not installed.
     """
     place = model_place(name, revision)
     given: dict[str, Any] = {"revision": revision or "main"}
+    if quantization == "nf4":
+        need_extra("quant", "quantization is 'nf4'")
     with refusing_unusable(f"backbone {name!r}", "give a model of text with its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(place, **given)
         config = AutoConfig.from_pretrained(place, num_labels=num_labels, **given)
@@ -112,8 +114,6 @@ def _leave_unpacked(model: nn.Module) -> None:
 
 
 def _nf4(config: PreTrainedConfig) -> BitsAndBytesConfig:
-    if not is_bitsandbytes_available():
-        raise MissingExtraError("quantization is 'nf4', and bitsandbytes", "quant")
     with torch.device("meta"), quiet_loading():
         head = _head(AutoModelForSequenceClassification.from_config(config))
     return BitsAndBytesConfig(

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, TaskType
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from rectify.detectors.backbone import Quantization, load_backbone
 from rectify.detectors.config import DetectorConfig, Form
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
 from rectify.hub import check_weights, checkpoint_folder
+from rectify.quiet_peft import LoraConfig, PeftModel, TaskType
 
 CONFIG_FILE, MODEL_CONFIG_FILE = "detector_config.json", "config.json"
 

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,6 +24,7 @@ from rectify.generation.generator import Continuation, Generator
 from rectify.generation.prompts import Prompt
 from rectify.hub import checkpoint_folder
 from rectify.json_files import check_format_version, write_json
+from rectify.quiet_peft import PeftModel
 from rectify.sampling import Sampling
 
 CONFIG_FILE = "instruction_config.json"

@@ -10,19 +10,20 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from peft import PeftModel, TaskType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.adapters import add_adapter, load_adapter, quiet_loading, save_adapter
+from rectify.adapters import add_adapter, load_adapter, save_adapter
 from rectify.detectors.classifier import batches_by_length
 from rectify.detectors.span_decoding import EncodedTexts, Span, encode_windows, spans_of, word_scores
 from rectify.detectors.span_heads import HEADS, SegmentHead, TokenHead
 from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
 from rectify.hub import check_weights, checkpoint_folder, model_place, refusing_unusable, weights_fingerprint
 from rectify.json_files import check_format_version
+from rectify.quiet import quiet_loading
+from rectify.quiet_peft import PeftModel, TaskType
 
 __all__ = ["Span", "SpanConfig", "SpanDetector"]
 

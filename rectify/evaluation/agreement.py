@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+
+from rectify.training.detector_figures import scikit_learn
 
 THRESHOLD = 0.5
 
@@ -34,7 +35,7 @@ def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
         figures["pearson"] = float(np.corrcoef(ours, theirs)[0, 1])
     toxic = theirs >= THRESHOLD
     if toxic.any() and not toxic.all():
-        figures["auc"] = float(roc_auc_score(toxic, ours))
+        figures["auc"] = float(scikit_learn().roc_auc_score(toxic, ours))
     figures["share"], figures["share_reference"] = float((ours >= THRESHOLD).mean()), float(toxic.mean())
     figures["mean_absolute_error"] = float(np.abs(ours - theirs).mean())
     # tenths by rank: as many texts in each

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rectify.errors import InvalidArgumentError
+from rectify.extras import need_extra
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,11 @@ def calibration(probability: np.ndarray, label: np.ndarray, bins: int = 10) -> C
     """AUC, Brier scores and calibration error of predictions.
 
     Arguments and errors as in `reliability`, but labels are 0 and 1.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
     """
+    need_extra("train")
     from sklearn.metrics import brier_score_loss, roc_auc_score
 
     ece = expected_calibration_error(probability, label, bins)

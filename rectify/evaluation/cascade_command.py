@@ -121,4 +121,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None, prog: str = "cascade.py") -> int:
     """The command as a function of its arguments. Returns the exit code."""
-    return execute(run, make_parser(prog), argv)
+    return execute(run, make_parser(prog), argv, extras=["train"])

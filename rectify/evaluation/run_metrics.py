@@ -7,10 +7,10 @@ import shlex
 import sys
 from collections import Counter, defaultdict
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import peft
 import torch
 import transformers
 
@@ -258,7 +258,7 @@ def _described(run: PromptedRun) -> dict[str, Any]:
             "rectify": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "peft": peft.__version__,
+            "peft": version("peft"),
         },
     }
 

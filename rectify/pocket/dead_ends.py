@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 
 from rectify.pocket.language_model import training_arguments
 from rectify.q_network import CONFIG_FILE, DeadEndQNetwork
+from rectify.quiet_peft import PeftModel
 from rectify.training.q_arguments import DataArguments, LossArguments, ModelArguments
 from rectify.training.q_training import train_q_network
 

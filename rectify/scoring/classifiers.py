@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from rectify.detectors import ToxicityClassifier
@@ -15,6 +14,7 @@ from rectify.detectors.classifier import batches_by_length
 from rectify.detectors.gated import ADAPTERS_FOLDER, GATE_FOLDER, GatedDetector, load_detector
 from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.hub import available_device, checkpoint_folder, files_digest, model_place, refusing_unusable
+from rectify.quiet_peft import PeftModel
 from rectify.scoring.labels import outputs_by_attribute
 from rectify.scoring.scores import Reason, Scores, check_attributes, reason_against
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line, install_line
+from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.extras import need_extra
 from rectify.scoring.labels import outputs_by_attribute
 from rectify.scoring.scores import Scores, check_attributes, reason_against
 
@@ -34,7 +35,7 @@ class DetoxifyScorer:
 
     Raises:
         InvalidArgumentError: there is no such model.
-        RectifyError: the package is not installed.
+        MissingExtraError: the package is not installed.
     """
 
     def __init__(self, model: str = "original", *, device: str = "cpu", batch_size: int = 64) -> None:
@@ -42,14 +43,8 @@ class DetoxifyScorer:
             raise InvalidArgumentError(f"detoxify model is {model!r}: give one of {', '.join(_MODELS)}")
         if batch_size < 1:
             raise InvalidArgumentError(f"batch_size is {batch_size}: give 1 or more")
-        try:
-            installed = version("detoxify")
-        except PackageNotFoundError as error:
-            raise RectifyError(
-                f"scorer 'detoxify:{model}' needs the package detoxify: {install_line('detoxify')}, or give "
-                "another scorer"
-            ) from error
-        self.name, self.revision = f"detoxify:{model}", f"detoxify {installed}"
+        need_extra("detoxify", f"scorer is 'detoxify:{model}'")
+        self.name, self.revision = f"detoxify:{model}", f"detoxify {version('detoxify')}"
         self._labels = {
             attribute: _MODELS[model][place] for attribute, place in outputs_by_attribute(_MODELS[model]).items()
         }

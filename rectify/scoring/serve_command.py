@@ -8,7 +8,7 @@ import os
 import socket
 
 from rectify.command_line import Parser, execute, say
-from rectify.errors import InvalidArgumentError, MissingExtraError
+from rectify.errors import InvalidArgumentError
 from rectify.scoring.load import SCORERS, load_scorer
 
 KEYS_VARIABLE = "RECTIFY_API_KEYS"
@@ -51,14 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         RectifyError: something that was given cannot be used.
     """
-    try:
-        import uvicorn
+    # only here, as --help does without the extra that brings them
+    import uvicorn
 
-        from rectify.scoring.server import make_app
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
-            raise
-        raise MissingExtraError(error.name or "starlette", "serve") from error
+    from rectify.scoring.server import make_app
+
     keys = arguments.api_key or [key for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
     scorer = load_scorer(arguments.scorer)
     app = make_app(
@@ -99,4 +96,4 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def main(argv: list[str] | None = None, prog: str = "rectify serve") -> int:
     """The command; returns its exit code."""
-    return execute(run, make_parser(prog), argv)
+    return execute(run, make_parser(prog), argv, extras=["serve"])

@@ -110,4 +110,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None, prog: str = "rectify train cascade") -> int:
     """The command; returns its exit code."""
-    return execute(run, make_parser(prog), argv)
+    return execute(run, make_parser(prog), argv, extras=["train"])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
@@ -24,6 +23,7 @@ from rectify.json_files import sha256_of, write_json
 from rectify.keyed_noise import KeyedSampling, row_keys
 from rectify.methods.self_detoxifier import DetoxifierConfig
 from rectify.padding import pad_left
+from rectify.quiet_peft import PeftModel
 from rectify.sampling import Sampling
 from rectify.sentence_encoder import masked_mean
 from rectify.training.chain_data import EncodedChains, collate

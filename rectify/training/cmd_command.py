@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 
 from rectify.builders.cmd_records import ChainExample, read_records
 from rectify.builders.selection import TRAIN, VALIDATION
-from rectify.command_line import DataclassParser, execute, say
+from rectify.command_line import execute, say
+from rectify.dataclass_parser import DataclassParser
 from rectify.training import detector_command
 from rectify.training.cmd import ChainSettings, train_chains
 

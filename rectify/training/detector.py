@@ -27,6 +27,7 @@ from rectify.detectors.backbone import Quantization
 from rectify.detectors.classifier import ToxicityClassifier, pad
 from rectify.detectors.config import DetectorConfig, Form
 from rectify.errors import InvalidArgumentError, RectifyError
+from rectify.extras import need_extra
 from rectify.hub import current_fingerprint
 from rectify.json_files import sha256_of, write_json
 from rectify.training.detector_figures import label_figures, scikit_learn
@@ -75,6 +76,8 @@ class DetectorSettings:
     )
 
     def __post_init__(self) -> None:
+        if self.quantization == "nf4":
+            need_extra("quant", "quantization is 'nf4'")
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise InvalidArgumentError(f"early_stopping_patience is {self.early_stopping_patience}: give 1 or more")
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from transformers import TrainingArguments
 
-from rectify.command_line import DataclassParser, execute, say
+from rectify.command_line import execute, say
+from rectify.dataclass_parser import DataclassParser
 from rectify.splits import Split, split_by_hash, split_of
 from rectify.text_files import TEXT_COLUMN, labelled_rows, one_a_file
 from rectify.training.detector import DetectorSettings, train_detector
@@ -213,4 +214,4 @@ def draw_training(training: TrainingArguments) -> Path | None:
 
 def main(argv: list[str] | None = None, prog: str = "rectify train detector") -> int:
     """The command; returns its exit code."""
-    return execute(run, make_parser(prog), argv)
+    return execute(run, make_parser(prog), argv, extras=["train"])

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rectify.errors import MissingExtraError
 from rectify.evaluation.calibration import expected_calibration_error
+from rectify.extras import need_extra
 
 FIGURES = (
     "n",
@@ -83,8 +83,7 @@ def scikit_learn() -> Any:
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
-    try:
-        from sklearn import metrics
-    except ImportError as error:
-        raise MissingExtraError("scikit-learn", "train") from error
+    need_extra("train")
+    from sklearn import metrics
+
     return metrics

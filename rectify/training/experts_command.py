@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rectify.command_line import DataclassParser, execute, say
+from rectify.command_line import execute, say
+from rectify.dataclass_parser import DataclassParser
 from rectify.methods.expert_pair import ANTI_EXPERT, EXPERT
 from rectify.training.detector_command import DEFAULTS, DetectorFiles
 from rectify.training.experts import TOXIC, ExpertSettings, train_experts

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rectify.command_line import DataclassParser, execute, say
+from rectify.command_line import execute, say
+from rectify.dataclass_parser import DataclassParser
 from rectify.training.detector_command import DEFAULTS, DetectorFiles
 from rectify.training.gate import GateSettings, train_gate
 
@@ -58,4 +59,4 @@ def _say_table(source: str, figures: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None, prog: str = "rectify train gate") -> int:
     """The command; returns its exit code."""
-    return execute(run, make_parser(prog), argv)
+    return execute(run, make_parser(prog), argv, extras=["train"])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
@@ -22,6 +21,7 @@ from rectify.errors import InvalidArgumentError
 from rectify.evaluation.calibration import expected_calibration_error
 from rectify.hub import current_fingerprint, files_digest, load_language_model
 from rectify.json_files import sha256_of, write_json
+from rectify.quiet_peft import PeftModel
 from rectify.training.detector_figures import scikit_learn
 from rectify.training.instruction_rows import InstructionRow
 from rectify.training.language_model import LEFT_OUT, AdapterSettings, fit, with_adapter

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rectify.command_line import DataclassParser, execute, say
+from rectify.command_line import execute, say
+from rectify.dataclass_parser import DataclassParser
 from rectify.errors import InvalidArgumentError
 from rectify.splits import split_by_hash
 from rectify.text_files import TEXT_COLUMN, one_a_file
@@ -108,4 +109,4 @@ def run(arguments: tuple[InstructionSettings, InstructionFiles, TrainingArgument
 
 def main(argv: list[str] | None = None, prog: str = "rectify train instruction") -> int:
     """The command; returns its exit code."""
-    return execute(run, make_parser(prog), argv)
+    return execute(run, make_parser(prog), argv, extras=["train"])

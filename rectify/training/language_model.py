@@ -8,13 +8,13 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from peft import PeftModel, TaskType
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from rectify.adapters import add_adapter
 from rectify.detectors.classifier import pad
 from rectify.errors import InvalidArgumentError
+from rectify.quiet_peft import PeftModel, TaskType
 from rectify.training.trainer import AdapterTrainer, ModelTraining, use_fast_attention
 
 LEFT_OUT = -100

@@ -11,8 +11,9 @@ import numpy as np
 from transformers import TrainingArguments
 
 from rectify.detectors.moderation import CATEGORIES, TUNED, Pair, QAModeration, Template
-from rectify.errors import RectifyError, TrajectoryError, first_line
+from rectify.errors import TrajectoryError, first_line
 from rectify.evaluation.moderation import flagged_figures, moderation_figures, tuned_thresholds
+from rectify.extras import need_extra
 from rectify.splits import split_by_hash
 from rectify.text_files import check_unicode, read_rows
 from rectify.training.detector import DetectorSettings, train_detector
@@ -106,7 +107,7 @@ def read_judged_pairs(specs: Iterable[str]) -> tuple[list[JudgedPair], list[str]
 
     Raises:
         TrajectoryError: a place cannot be read, or a record, which is named, is of another form.
-        RectifyError: a data set of the Hub is asked for, and `datasets` is not installed.
+        MissingExtraError: a data set of the Hub is asked for, and `datasets` is not installed.
     """
     categories: list[str] = []
     pairs = []
@@ -130,12 +131,9 @@ def _records(spec: str) -> Iterator[tuple[str, Any]]:
         yield from read_rows(Path(spec))
         return
     name, _, split = spec.partition(":")
-    try:
-        import datasets
-    except ImportError as error:
-        raise RectifyError(
-            f"{spec!r} is no file here, and to look for a data set on the Hub datasets is needed: pip install datasets"
-        ) from error
+    need_extra("datasets", f"{spec!r} is no file here but, it seems, a data set of the Hub")
+    import datasets
+
     try:
         records = datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:

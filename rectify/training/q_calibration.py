@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 
 from rectify.errors import InvalidArgumentError
+from rectify.extras import need_extra
 from rectify.heads import LowRankHead
 from rectify.q_network import DeadEndQNetwork
 from rectify.training.q_metrics import network_logits
@@ -25,6 +25,9 @@ def recalibrate(network: DeadEndQNetwork, items: Sequence[dict[str, Any]]) -> tu
     Raises:
         InvalidArgumentError: the rollouts are all toxic or all harmless.
     """
+    need_extra("train")
+    from sklearn.linear_model import LogisticRegression
+
     rows, labels = network_logits(network, items)
     counted = ~np.isnan(rows)
     logits, toxic = rows[counted], np.broadcast_to(labels[:, None], rows.shape)[counted]

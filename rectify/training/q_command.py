@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rectify.command_line import DataclassParser, execute, say
+from rectify.command_line import execute, say
+from rectify.dataclass_parser import DataclassParser
 from rectify.training.q_arguments import DataArguments, LossArguments, ModelArguments
 
 # those of the flags of transformers.TrainingArguments that have another default here
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None, prog: str = "train_q.py") -> int:
         "transformers.TrainingArguments; run again after an interruption, it goes on where it was.",
     )
     parser.set_defaults(**_DEFAULTS)
-    return execute(_run, parser, argv)
+    return execute(_run, parser, argv, extras=["train"])
 
 
 def _run(parsed: tuple[Any, ...]) -> None:

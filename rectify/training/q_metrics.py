@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from sklearn.metrics import brier_score_loss, roc_auc_score
 from transformers import EvalPrediction
 
 from rectify.evaluation.calibration import expected_calibration_error
 from rectify.heads import LowRankHead
 from rectify.q_network import DeadEndQNetwork
+from rectify.training.detector_figures import scikit_learn
 from rectify.training.trajectory_data import collate
 
 FRACTIONS = (25, 50, 75, 100)
@@ -31,6 +31,7 @@ def value_metrics(risks: np.ndarray, toxic: np.ndarray) -> dict[str, float]:
         `auc_all_positions`; `brier`, and `brier_constant`, that of the base rate; `calibration_error` (10 bins) of
         `1 + Q` as survival probability. The AUC are left out where all texts have one label.
     """
+    metrics = scikit_learn()
     counted = ~np.isnan(risks)
     kept = counted.any(-1)
     risks, counted, toxic = risks[kept], counted[kept], toxic[kept]
@@ -42,10 +43,10 @@ def value_metrics(risks: np.ndarray, toxic: np.ndarray) -> dict[str, float]:
         for percent in FRACTIONS:
             place = np.maximum(1, np.ceil(lengths * percent / 100)).astype(int)
             at = (counted & (order == place[:, None])).argmax(-1)
-            figures[f"auc_{percent}"] = float(roc_auc_score(toxic, risks[np.arange(len(risks)), at]))
-        figures["auc_all_positions"] = float(roc_auc_score(labels, risks[counted]))
+            figures[f"auc_{percent}"] = float(metrics.roc_auc_score(toxic, risks[np.arange(len(risks)), at]))
+        figures["auc_all_positions"] = float(metrics.roc_auc_score(labels, risks[counted]))
     if len(labels):
-        figures["brier"] = float(brier_score_loss(labels, risks[counted]))
+        figures["brier"] = float(metrics.brier_score_loss(labels, risks[counted]))
         figures["brier_constant"] = float(labels.mean() * (1 - labels.mean()))
         figures["calibration_error"] = expected_calibration_error(risks[counted], labels)
     return figures

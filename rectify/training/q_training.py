@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig
 from torch import nn
 from transformers import (
     AutoModel,
@@ -25,6 +24,7 @@ from rectify.heads import LowRankHead
 from rectify.hub import current_fingerprint, load_language_model, model_place
 from rectify.json_files import write_json
 from rectify.q_network import CONFIG_FILE, DeadEndQNetwork
+from rectify.quiet_peft import LoraConfig
 from rectify.splits import split_by_hash
 from rectify.static_risk import StaticTokenRisk
 from rectify.training.hidden_states import CachedStates

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rectify.errors import MissingExtraError
+from rectify.extras import need_extra
 
 _KNOTS = np.linspace(0, 1, 41)
 _LOG_TEMPERATURES = tuple(np.log((0.1, 100)))
@@ -57,10 +57,9 @@ def calibration_temperature(logit: np.ndarray, label: np.ndarray) -> float:
     Raises:
         MissingExtraError: scikit-learn, and scipy with it, is not installed.
     """
-    try:
-        from scipy.optimize import minimize_scalar
-    except ImportError as error:
-        raise MissingExtraError("scikit-learn", "train") from error
+    need_extra("train")
+    from scipy.optimize import minimize_scalar
+
     logit, label = logit.astype(np.float64), label.astype(np.float64)
     if (label == 0).all() or (label == 1).all():
         return 1.0
@@ -77,12 +76,11 @@ def calibration_temperature(logit: np.ndarray, label: np.ndarray) -> float:
 
 
 def _model() -> Any:
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import FunctionTransformer, PolynomialFeatures
-    except ImportError as error:
-        raise MissingExtraError("scikit-learn", "train") from error
+    need_extra("train")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, PolynomialFeatures
+
     return make_pipeline(
         FunctionTransformer(_logit), PolynomialFeatures(2, include_bias=False), LogisticRegression(C=1e6)
     )

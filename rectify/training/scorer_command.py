@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rectify.command_line import DataclassParser, execute, say
+from rectify.command_line import execute, say
+from rectify.dataclass_parser import DataclassParser
 from rectify.errors import InvalidArgumentError
 from rectify.scoring.score_tables import ScoredText, read_scored_texts
 from rectify.scoring.scores import ATTRIBUTES
@@ -131,4 +132,4 @@ def run(arguments: tuple[DetectorSettings, ScorerFiles, TrainingArguments]) -> N
 
 def main(argv: list[str] | None = None, prog: str = "rectify train scorer") -> int:
     """The command; returns its exit code."""
-    return execute(run, make_parser(prog), argv)
+    return execute(run, make_parser(prog), argv, extras=["train"])

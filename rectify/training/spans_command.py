@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rectify.command_line import DataclassParser, execute, say
+from rectify.command_line import execute, say
+from rectify.dataclass_parser import DataclassParser
 from rectify.splits import split_of
 from rectify.text_files import AnnotatedText, read_annotated_texts
 from rectify.training import detector_command
