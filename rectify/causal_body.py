@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import cast
 
-from peft import PeftMixedModel, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from rectify.errors import InvalidArgumentError
+from rectify.quiet_peft import PeftMixedModel, PeftModel
 
 
 def causal_body(model: nn.Module, name: str = "model") -> PreTrainedModel:

@@ -6,6 +6,7 @@ with without_bitsandbytes():
     from peft import (
         LoraConfig,
         PeftConfig,
+        PeftMixedModel,
         PeftModel,
         TaskType,
         get_peft_model,
@@ -20,6 +21,7 @@ __all__ = [
     "LoraLayer",
     "ModulesToSaveWrapper",
     "PeftConfig",
+    "PeftMixedModel",
     "PeftModel",
     "TaskType",
     "get_peft_model",
