@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.adapters import load_adapter
-from rectify.errors import CheckpointError, RectifyError, VocabularyMismatchError, first_line
+from rectify.errors import VocabularyMismatchError
 from rectify.hub import check_weights, current_fingerprint, load_language_model
 from rectify.json_files import check_format_version, write_json
+from rectify.pretrained import refusing
+from rectify.saved_config import read_config
+from rectify.saved_weights import check_finite
 from rectify.vocabulary import Fingerprint
 
 FORMAT_VERSION = 1
@@ -59,15 +60,7 @@ class AdapterConfig:
         Raises:
             CheckpointError: there is none, or it cannot be used.
         """
-        path = folder / cls.file
-        if not path.exists():
-            raise CheckpointError(f"{str(folder)!r} holds no {cls.file}: give a folder written by `{cls.command}`")
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"{str(path)!r} cannot be used ({first_line(error)}): is the training complete?"
-            ) from error
+        return read_config(cls, folder / cls.file, f"give a folder written by `{cls.command}`")
 
     def save_pretrained(self, folder: Path) -> None:
         """Write it to a folder."""
@@ -111,14 +104,12 @@ def load_adapted(
     Raises:
         CheckpointError: nothing usable is there, or the language model has other weights than in the training.
     """
-    try:
+    with refusing(folder):
         base, tokenizer = load_language_model(config.base_model, dtype, revision=config.base_revision)
         if config.base_fingerprint is not None:  # else nothing asks for it
             now = current_fingerprint(config.base_model, config.base_revision)
             check_weights(config.base_model, config.base_fingerprint, now)
         model = load_adapter(base, folder)
-    except (RectifyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{str(folder)!r} could not be loaded ({reason}): is the training complete?") from error
-    whole = model.get_base_model() if torch.finfo(dtype).bits < 32 else model.merge_and_unload()
+        whole = model.get_base_model() if torch.finfo(dtype).bits < 32 else model.merge_and_unload()
+        check_finite(cast(PreTrainedModel, whole), "the adapted model")
     return cast(PreTrainedModel, cast(Any, whole).requires_grad_(False).eval()), tokenizer

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import cast
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rectify.adapter_config import ADAPTER_FILE, WEIGHTS_FILE, check_adapter_sizes, read_adapter_config
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.quiet import quiet_loading, without_bitsandbytes
 from rectify.quiet_peft import (
@@ -21,8 +23,18 @@ from rectify.quiet_peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from rectify.saved_weights import read_weights
 
-ADAPTER_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+__all__ = [
+    "ADAPTER_FILE",
+    "WEIGHTS_FILE",
+    "add_adapter",
+    "load_adapter",
+    "load_any_adapter",
+    "put_adapter",
+    "read_adapter",
+    "save_adapter",
+]
 
 
 def add_adapter(
@@ -103,8 +115,35 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) 
 
 
 def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Configuration and weights of a folder written by `save_adapter`."""
-    return LoraConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS_FILE)
+    """Configuration and weights of a folder written by `save_adapter`.
+
+    Raises:
+        CheckpointError: either is missing or damaged.
+    """
+    adapter = read_adapter_config(folder)
+    if not isinstance(adapter, LoraConfig):
+        raise CheckpointError(f"{str(folder / ADAPTER_FILE)!r} is of {adapter.peft_type}: give a LoRA adapter")
+    check_adapter_sizes(folder, adapter)
+    return adapter, read_weights(folder / WEIGHTS_FILE)
+
+
+def load_any_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
+    """Put the adapter that peft's own `save_pretrained` wrote, of LoRA or of another kind, into a model.
+
+    Raises:
+        CheckpointError: weights or configuration are missing or damaged, or they disagree.
+    """
+    adapter = read_adapter_config(folder)
+    check_adapter_sizes(folder, adapter)
+    weights = read_weights(folder / WEIGHTS_FILE)
+    adapter.inference_mode = not trainable
+    with quiet_loading(), without_bitsandbytes(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # which are refused below
+        adapted = cast(PeftModel, PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=adapter))
+    differing = set(weights) ^ set(_weights(adapted))
+    if differing:
+        raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)!r}: is it complete?")
+    return adapted
 
 
 def put_adapter(

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError, first_line
-from rectify.quiet import bars_on_terminals
+from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.pretrained import read_model, read_model_config, read_tokenizer, refusing_unusable
 
 POCKET = {
     "pocket": "lm",
@@ -47,14 +38,18 @@ def checkpoint_folder(name: str | Path, revision: str | None = None, files: list
     """
     if str(name) in POCKET:
         return Path(str(resources.files("rectify.pocket") / POCKET[str(name)]))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{str(name)!r} is a file: give the folder that holds the checkpoint")
+    if not str(name).strip():
+        raise CheckpointError(f"the name of a checkpoint is {str(name)!r}: give a folder, a bundled name or a Hub id")
     try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise CheckpointError(f"{str(name)!r} is a file: give the folder that holds the checkpoint")
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # of the file system, the Hub's library, or the network below it
         raise CheckpointError(
             f"{str(name)!r} is neither a folder here nor a model that the Hub gives ({first_line(error)}): "
             "check the path, or the id and the connection"
@@ -108,7 +103,7 @@ def current_fingerprint(name: str, revision: str | None = None) -> str | None:
     """
     place = model_place(name, revision)
     with refusing_unusable(f"model {name!r}", "give a model of text with its tokenizer"):
-        return weights_fingerprint(place, AutoConfig.from_pretrained(place, revision=revision or "main"))
+        return weights_fingerprint(place, read_model_config(place, revision))
 
 
 def check_weights(name: str, trained_on: str | None, fingerprint: str | None) -> None:
@@ -127,27 +122,6 @@ def check_weights(name: str, trained_on: str | None, fingerprint: str | None) ->
             f"it was trained on weights {trained_on} of {name!r}, and those there now are {fingerprint}: put the "
             "former back, or train anew; in the configuration, null in place of the former takes any"
         )
-
-
-@contextmanager
-def refusing_unusable(what: str, remedy: str) -> Iterator[None]:
-    """Refuse in one sentence what transformers cannot load, for whatever reason.
-
-    Args:
-        what: is loaded, with its name.
-        remedy: what to give instead.
-
-    Raises:
-        CheckpointError: loading fails.
-    """
-    try:
-        yield
-    except RectifyError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{what} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): {remedy}"
-        ) from error
 
 
 def load_language_model(
@@ -170,11 +144,9 @@ def load_language_model(
     place = model_place(name, revision)
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
-    with refusing_unusable(f"model {name!r}", "give a causal language model with its tokenizer"), bars_on_terminals():
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main")
-        model = AutoModelForCausalLM.from_pretrained(
-            place, revision=revision or "main", dtype="auto" if dtype is None else dtype
-        )
+    with refusing_unusable(f"model {name!r}", "give a causal language model with its tokenizer"):
+        tokenizer = read_tokenizer(place, revision)
+        model, _ = read_model(AutoModelForCausalLM, place, revision, dtype="auto" if dtype is None else dtype)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.adapters import load_any_adapter
+from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.heads import LowRankHead, PublishedHead
 from rectify.hub import checkpoint_folder, model_place
 from rectify.padding import follows
-from rectify.quiet import bars_on_terminals, quiet_loading, without_bitsandbytes
+from rectify.pretrained import read_model, refusing
+from rectify.quiet import quiet_loading, without_bitsandbytes
 from rectify.quiet_peft import PeftConfig, PeftModel, get_peft_model
 from rectify.risk_model import TextRisk
+from rectify.saved_config import read_config
+from rectify.saved_weights import check_finite, read_weights, shapes_of
 from rectify.trunk_states import hidden_states, takes_positions
 from rectify.vocabulary import Fingerprint
 
@@ -68,6 +71,10 @@ class QConfig:
             self.vocabulary = Fingerprint(**self.vocabulary)
         if self.head not in ("low_rank", "published"):
             raise InvalidArgumentError(f"head is {self.head!r}: give 'low_rank' or 'published'")
+        if self.vocab_size < 1 or self.hidden_size < 1:
+            raise InvalidArgumentError(
+                f"vocab_size is {self.vocab_size}, hidden_size {self.hidden_size}: give 1 or more of both"
+            )
         if self.rank < 1 or self.mlp_size < 0:
             raise InvalidArgumentError(f"rank is {self.rank}, mlp_size {self.mlp_size}: give 1 or more, and 0 or more")
         if not 0 < self.base_rate < 1:
@@ -96,12 +103,7 @@ class DeadEndQNetwork(nn.Module):
             object.__setattr__(self, "trunk", trunk)
         else:
             self.trunk = trunk
-        if config.head == "published":
-            self.head: LowRankHead | PublishedHead = PublishedHead(config.hidden_size, config.vocab_size)
-        else:
-            self.head = LowRankHead(
-                config.hidden_size, config.vocab_size, config.rank, config.mlp_size, config.base_rate
-            )
+        self.head = _make_head(config)
         inner = trunk.get_base_model() if isinstance(trunk, PeftModel) else trunk
         self._takes_positions = takes_positions(inner)
         self.recurrent: bool = getattr(inner, "_is_stateful", False)
@@ -194,33 +196,30 @@ class DeadEndQNetwork(nn.Module):
             CheckpointError: nothing usable is there, or `model` is not the one that a shared head was trained on.
         """
         folder = checkpoint_folder(name, revision)
-        if not (folder / CONFIG_FILE).exists():
-            raise CheckpointError(f"{str(name)!r} holds no {CONFIG_FILE}: give a folder written by save_pretrained")
-        try:
-            config = QConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-            weights = load_file(folder / HEAD_FILE)
+        with refusing(name):
+            config = read_config(QConfig, folder / CONFIG_FILE, "give a folder written by save_pretrained")
+            weights = read_weights(folder / HEAD_FILE, shapes_of(lambda: _make_head(config)))
             trunk: PreTrainedModel | PeftModel
             if config.shared:
                 trunk = _shared_trunk(config, model, dtype, device)
             elif config.base_model is None:
-                with bars_on_terminals():
-                    trunk = AutoModel.from_pretrained(folder / TRUNK_FOLDER, dtype=dtype, use_safetensors=True)
+                if not (folder / TRUNK_FOLDER).is_dir():
+                    raise CheckpointError(f"it holds no {TRUNK_FOLDER}: is it complete?")
+                trunk, _ = read_model(AutoModel, folder / TRUNK_FOLDER, dtype=dtype, exact=True)
             else:
                 base = model_place(config.base_model, config.base_revision)
-                with bars_on_terminals():
-                    trunk = AutoModel.from_pretrained(base, dtype=dtype, revision=config.base_revision or "main")
-                with quiet_loading(), without_bitsandbytes():
-                    trunk = PeftModel.from_pretrained(trunk, folder / ADAPTER_FOLDER, is_trainable=is_trainable)
+                trunk, _ = read_model(AutoModel, base, config.base_revision, dtype=dtype)
+                trunk = load_any_adapter(trunk, folder / ADAPTER_FOLDER, is_trainable)
                 if not is_trainable:
                     trunk.merge_adapter()
+                check_finite(trunk, "the adapted trunk")
+            width = trunk.config.get_text_config().hidden_size
+            if width != config.hidden_size:
+                raise CheckpointError(
+                    f"hidden_size is {config.hidden_size}, and its trunk has {width}: is it the right one?"
+                )
             network = cls(config, trunk)
             network.head.load_state_dict(weights)
-        except CheckpointError:
-            raise
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{str(name)!r} could not be loaded ({first_line(error)}): is it complete, and its trunk the right one?"
-            ) from error
         return network.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -277,6 +276,12 @@ class DeadEndQNetwork(nn.Module):
         return values.masked_fill(~follows(attention_mask), torch.nan)
 
 
+def _make_head(config: QConfig) -> LowRankHead | PublishedHead:
+    if config.head == "published":
+        return PublishedHead(config.hidden_size, config.vocab_size)
+    return LowRankHead(config.hidden_size, config.vocab_size, config.rank, config.mlp_size, config.base_rate)
+
+
 @torch.no_grad()
 def signature(trunk: PreTrainedModel) -> list[float] | None:
     """32 of a trunk's weights, from its last matrix, with three digits; `None` where they are quantised."""
@@ -295,7 +300,7 @@ def _shared_trunk(
         if config.base_model is None:
             raise CheckpointError("its trunk is that of a model without a name: pass model=")
         place = model_place(config.base_model, config.base_revision)
-        trunk = AutoModel.from_pretrained(place, dtype=dtype, revision=config.base_revision or "main").to(device).eval()
+        trunk = read_model(AutoModel, place, config.base_revision, dtype=dtype)[0].to(device).eval()  # type: ignore[arg-type]
     else:
         trunk = model.base_model
     found = signature(trunk)

@@ -8,12 +8,12 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.detectors.classifier import batches_by_length
 from rectify.errors import InvalidArgumentError
-from rectify.hub import model_place, refusing_unusable, weights_fingerprint
-from rectify.quiet import quiet_loading
+from rectify.hub import model_place, weights_fingerprint
+from rectify.pretrained import read_model, read_tokenizer, refusing_unusable
 
 
 class SentenceEncoder(nn.Module):
@@ -75,9 +75,9 @@ class SentenceEncoder(nn.Module):
             InvalidArgumentError: it is an encoder-decoder, or reads fewer tokens.
         """
         place = model_place(name, revision)
-        with refusing_unusable(f"encoder {name!r}", "give a model of text with its tokenizer"), quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main")
-            model = AutoModel.from_pretrained(place, revision=revision or "main", dtype=torch.float32)
+        with refusing_unusable(f"encoder {name!r}", "give a model of text with its tokenizer"):
+            tokenizer = read_tokenizer(place, revision)
+            model, _ = read_model(AutoModel, place, revision, dtype=torch.float32)
         if model.config.is_encoder_decoder:
             raise InvalidArgumentError(f"encoder {name!r} is an encoder-decoder: give an encoder or a causal model")
         encoder = cls(model, tokenizer, max_length, weights_fingerprint(place, model.config))

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache
 
-from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.hub import checkpoint_folder
 from rectify.padding import follows
+from rectify.pretrained import refusing
+from rectify.saved_config import read_config
+from rectify.saved_weights import read_weights
 from rectify.vocabulary import Fingerprint
 
 CONFIG_FILE, TABLE_FILE = "static_risk.json", "static_risk.safetensors"
@@ -47,6 +49,12 @@ class StaticRiskConfig:
     def __post_init__(self) -> None:
         if isinstance(self.vocabulary, dict):
             self.vocabulary = Fingerprint(**self.vocabulary)
+        if self.vocab_size < 1:
+            raise InvalidArgumentError(f"vocab_size is {self.vocab_size}: give 1 or more")
+        if not 0 <= self.base_rate <= 1:
+            raise InvalidArgumentError(f"base_rate is {self.base_rate}: give a probability from 0 to 1")
+        if not 0 < self.prior < float("inf"):
+            raise InvalidArgumentError(f"prior is {self.prior}: give a number above 0")
 
 
 class _TableHead(nn.Module):
@@ -161,16 +169,13 @@ class StaticTokenRisk(nn.Module):
             CheckpointError: nothing usable is there.
         """
         folder = checkpoint_folder(name, revision)
-        if not (folder / CONFIG_FILE).exists():
-            raise CheckpointError(f"{str(name)!r} holds no {CONFIG_FILE}: give a folder written by save_pretrained")
-        try:
-            config = StaticRiskConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+        with refusing(name):
+            config = read_config(StaticRiskConfig, folder / CONFIG_FILE, "give a folder written by save_pretrained")
+            weights = read_weights(folder / TABLE_FILE, {"table": (config.vocab_size,)}, finite=False)
+            if not (weights["table"] <= 0).all():  # −∞ is a risk of 1; NaN is below nothing
+                raise CheckpointError(f"{TABLE_FILE} holds what is no logarithm of a probability: is it complete?")
             table = cls(np.zeros(config.vocab_size), config)
-            table.head.load_state_dict(load_file(folder / TABLE_FILE))
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{str(name)!r} could not be loaded ({first_line(error)}): is it complete?"
-            ) from error
+            table.head.load_state_dict(weights)
         return table.to(device).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from rectify.errors import VocabularyMismatchError
+from rectify.errors import InvalidArgumentError, VocabularyMismatchError
 
 _SAMPLES = 32
+_SHA256, _ID = re.compile("[0-9a-f]{64}"), re.compile("[0-9]{1,10}")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,12 @@ class Fingerprint:
     size: int
     sha256: str
     samples: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not _SHA256.fullmatch(self.sha256) or not all(map(_ID.fullmatch, self.samples)):
+            raise InvalidArgumentError(
+                f"a vocabulary has size {self.size}, sha256 {self.sha256!r:.80} and samples of ids: give what was saved"
+            )
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:

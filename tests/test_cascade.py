@@ -201,11 +201,11 @@ def test_a_cascade_that_was_killed_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 7)
     loaded, load = [], module.load_part
 
-    def counting(spec, device):
+    def counting(spec, device, allow=()):
         loaded.append(spec)
         if len(loaded) == 2:
             raise KeyboardInterrupt
-        return load(spec, device)
+        return load(spec, device, allow)
 
     monkeypatch.setattr(module, "load_part", counting)
     with pytest.raises(KeyboardInterrupt):
@@ -243,7 +243,7 @@ def test_what_was_scored_is_not_scored_again(tmp_path, monkeypatch):
             return Scores(np.full((len(texts), 1), 0.25), ("TOXICITY",), (None,) * len(texts))
 
     asked, texts = [], [f"text {number}" for number in range(300)]
-    monkeypatch.setattr(module, "load_part", lambda spec, device: Counting())
+    monkeypatch.setattr(module, "load_part", lambda spec, device, allow=(): Counting())
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             module.toxicity_by("counting", texts, tmp_path / "scores.sqlite")

@@ -6,13 +6,11 @@ import argparse
 from contextlib import ExitStack
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from rectify.builders.selection import sample_items
 from rectify.builders.spans import label_spans
 from rectify.command_line import say
-from rectify.errors import CheckpointError, first_line
 from rectify.hub import model_place
+from rectify.pretrained import read_tokenizer, refusing_unusable
 from rectify.scoring.cache import CachedScorer, ScoreCache
 from rectify.scoring.load import load_scorer
 from rectify.scoring.scores import Scorer, check_attributes
@@ -63,7 +61,5 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _tokenizer(name: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(model_place(name))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"tokenizer {name!r} cannot be loaded ({first_line(error)}): give a model's") from error
+    with refusing_unusable(f"tokenizer {name!r}", "give a model's"):
+        return read_tokenizer(model_place(name))

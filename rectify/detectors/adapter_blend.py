@@ -15,11 +15,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rectify.adapters import put_adapter
-from rectify.detectors.classifier import ToxicityClassifier, load_base, read_classifier, refusing
+from rectify.detectors.classifier import ToxicityClassifier, check_own, load_base, read_classifier
 from rectify.detectors.config import DetectorConfig
 from rectify.errors import InvalidArgumentError
 from rectify.hub import checkpoint_folder
+from rectify.pretrained import refusing
 from rectify.quiet_peft import LoraLayer, ModulesToSaveWrapper, PeftModel
+from rectify.saved_weights import check_finite
 
 
 class AdapterBlend(nn.Module):
@@ -78,7 +80,7 @@ class AdapterBlend(nn.Module):
         config = _common_config({name: config for name, (config, _, _) in read.items()})
         model: Any
         with refusing(folders[next(iter(adapters))]):
-            model, tokenizer = load_base(config, dtype)
+            model, tokenizer, fresh = load_base(config, dtype)
         for number, (name, (_, adapter, weights)) in enumerate(read.items()):
             if adapter.use_dora or adapter.lora_bias or adapter.bias != "none":
                 raise InvalidArgumentError(
@@ -87,6 +89,9 @@ class AdapterBlend(nn.Module):
             with refusing(folders[name]):
                 # not by its name, which peft would look for in the names of weights
                 model = put_adapter(model, adapter, weights, f"adapter{number}")
+        with refusing(folders[next(iter(adapters))]):
+            check_own(model, fresh)
+            check_finite(model, "the adapted backbone")
         blend = cls(ToxicityClassifier(config, model, tokenizer), folders)
         kept = dtype if config.quantization == "none" else None  # what is quantised has a dtype of its own
         return blend.requires_grad_(False).to(device=device, dtype=kept).eval()

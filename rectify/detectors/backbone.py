@@ -7,9 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -18,7 +16,8 @@ from transformers import (
 
 from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.extras import need_extra
-from rectify.hub import model_place, refusing_unusable, weights_fingerprint
+from rectify.hub import model_place, weights_fingerprint
+from rectify.pretrained import GIVEN, read_model, read_model_config, read_tokenizer, refusing_unusable
 from rectify.quiet import quiet_loading
 
 Quantization = Literal["none", "nf4"]
@@ -47,6 +46,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     quantization: Quantization = "none",
     with_head: bool = False,
+    exact: bool = False,
 ) -> Backbone:
     """Load a causal model or an encoder with a head, and its tokenizer.
 
@@ -58,6 +58,7 @@ def load_backbone(
         quantization: `"nf4"` for the linear layers in 4 bits: NormalFloat4 with double quantisation (Dettmers et al.,
             QLoRA, NeurIPS 2023, arXiv 2305.14314). Head and embeddings stay in `dtype`.
         with_head: take the checkpoint's own head, and not a new one.
+        exact: see `pretrained.read_model`.
 
     Raises:
         CheckpointError: nothing usable is there, or it lacks the head, or another weight where all are needed.
@@ -65,33 +66,32 @@ def load_backbone(
         MissingExtraError: bitsandbytes is needed and not installed.
     """
     place = model_place(name, revision)
-    given: dict[str, Any] = {"revision": revision or "main"}
+    given: dict[str, Any] = {}
     if quantization == "nf4":
         need_extra("quant", "quantization is 'nf4'")
     with refusing_unusable(f"backbone {name!r}", "give a model of text with its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(place, **given)
-        config = AutoConfig.from_pretrained(place, num_labels=num_labels, **given)
+        tokenizer = read_tokenizer(place, revision)
+        config = read_model_config(place, revision, num_labels=num_labels)
         if config.is_encoder_decoder:
             raise InvalidArgumentError(f"backbone {name!r} is an encoder-decoder: give a causal model or an encoder")
         if quantization == "nf4":
             given["quantization_config"] = _nf4(config)
-        with quiet_loading():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                place,
-                config=config,
-                dtype=dtype,
-                # the head of a classifier of more labels is no part of the backbone
-                ignore_mismatched_sizes=not with_head,
-                output_loading_info=True,
-                **given,
-            )
-    if with_head and report["missing_keys"]:  # transformers would leave them at their random start
-        raise CheckpointError(
-            f"{name!r} lacks the weights {min(report['missing_keys'])}: give a model that was trained to classify"
+        # the head of a classifier of more labels is no part of the backbone
+        model, new = read_model(
+            AutoModelForSequenceClassification,
+            place,
+            revision,
+            config=config,
+            dtype=dtype,
+            new_head=not with_head,
+            exact=exact,
+            **given,
         )
+        if with_head and new:
+            raise CheckpointError(f"{name!r} lacks the weights {min(new)!r}: give a model that was trained to classify")
     _leave_unpacked(model)
     body = f"{model.base_model_prefix}."
-    lacking = {key.rpartition(".")[0] for key in report["missing_keys"] if key.startswith(body)}
+    lacking = {key.rpartition(".")[0] for key in new if key.startswith(body)}
     return Backbone(model, tokenizer, _head(model) + sorted(lacking), weights_fingerprint(place, config))
 
 
@@ -115,7 +115,7 @@ def _leave_unpacked(model: nn.Module) -> None:
 
 def _nf4(config: PreTrainedConfig) -> BitsAndBytesConfig:
     with torch.device("meta"), quiet_loading():
-        head = _head(AutoModelForSequenceClassification.from_config(config))
+        head = _head(AutoModelForSequenceClassification.from_config(config, **GIVEN))
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,9 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rectify.adapters import ADAPTER_FILE, WEIGHTS_FILE, add_adapter, put_adapter, read_adapter, save_adapter
 from rectify.detectors.backbone import Quantization, load_backbone
 from rectify.detectors.config import DetectorConfig, Form
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
+from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.hub import check_weights, checkpoint_folder
-from rectify.quiet_peft import LoraConfig, PeftModel, TaskType
+from rectify.pretrained import refusing
+from rectify.quiet_peft import LoraConfig, ModulesToSaveWrapper, PeftModel, TaskType
+from rectify.saved_config import read_config
+from rectify.saved_weights import check_finite
+
+__all__ = ["ADAPTER_FILE", "WEIGHTS_FILE", "ToxicityClassifier"]
 
 CONFIG_FILE, MODEL_CONFIG_FILE = "detector_config.json", "config.json"
 
@@ -153,16 +156,21 @@ class ToxicityClassifier(nn.Module):
             folder = checkpoint_folder(name, revision)
             if (folder / MODEL_CONFIG_FILE).exists() and not (folder / ADAPTER_FILE).exists():
                 config = cls.read_config(folder)
-                inner, tokenizer, *_ = load_backbone(str(folder), None, len(config.labels), dtype, with_head=True)
+                own = (folder / CONFIG_FILE).exists()  # what others wrote may hold more, and other files
+                inner, tokenizer, *_ = load_backbone(
+                    str(folder), None, len(config.labels), dtype, with_head=True, exact=own
+                )
                 cls._complete(inner, tokenizer)
                 classifier = cls(config, inner, tokenizer)
             else:
                 config, adapter, weights = read_classifier(folder, cls)
-                inner, tokenizer = load_base(config, dtype)
+                inner, tokenizer, fresh = load_base(config, dtype)
                 cls._complete(inner, tokenizer)
                 model = put_adapter(inner, adapter, weights)
+                check_own(model, fresh)
                 if config.quantization == "none":
                     model.merge_adapter()  # folded into 4 bits, it would be rounded to them
+                check_finite(model, "the adapted backbone")
                 classifier = cls(config, model, tokenizer)
         kept = dtype if config.quantization == "none" else None  # what is quantised has a dtype of its own
         return classifier.requires_grad_(False).to(device=device, dtype=kept).eval()
@@ -170,15 +178,11 @@ class ToxicityClassifier(nn.Module):
     @classmethod
     def read_config(cls, folder: Path) -> DetectorConfig:
         """The configuration in a folder; to be called within `refusing`."""
-        if not (folder / CONFIG_FILE).exists():
-            raise CheckpointError(f"it holds no {CONFIG_FILE}: give a folder written by save_pretrained")
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if unknown := set(values) - {each.name for each in fields(cls.config_class)}:
-            raise CheckpointError(
-                f"{CONFIG_FILE} holds {min(unknown)!r}, which {cls.__name__} does not know: is it another kind of "
-                "detector, or of a newer rectify?"
-            )
-        return cls.config_class(**values)
+        return read_config(
+            cls.config_class,
+            folder / CONFIG_FILE,
+            "give a folder written by save_pretrained; or is it another kind of detector?",
+        )
 
     @classmethod
     def _complete(cls, inner: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -380,36 +384,35 @@ def batches_by_length(
 # The parts of a checkpoint
 
 
-@contextmanager
-def refusing(name: str | Path) -> Iterator[None]:
-    """Turn whatever fails over a damaged checkpoint into one `CheckpointError` that names it."""
-    try:
-        yield
-    except RectifyError as error:  # with its own remedy
-        raise CheckpointError(f"{str(name)!r} could not be loaded: {error}") from error
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
-
-
 def read_classifier(
     folder: Path, kind: type[ToxicityClassifier] = ToxicityClassifier
 ) -> tuple[DetectorConfig, LoraConfig, dict[str, Tensor]]:
     """What `save_pretrained` of a classifier with an adapter has written; to be called within `refusing`."""
-    for file in (CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
-        if not (folder / file).exists():
-            raise CheckpointError(f"it holds no {file}: give a folder written by save_pretrained")
     return kind.read_config(folder), *read_adapter(folder)
 
 
-def load_base(config: DetectorConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The backbone of a classifier with a new head, and its tokenizer.
+def load_base(config: DetectorConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """The backbone of a classifier with a new head, its tokenizer, and the modules that the adapter is to bring.
 
     Raises:
         CheckpointError: nothing usable is there, or its weights are not those that the classifier was trained on.
     """
-    inner, tokenizer, _, fingerprint = load_backbone(
+    inner, tokenizer, fresh, fingerprint = load_backbone(
         config.base_model, config.base_revision, len(config.labels), dtype, config.quantization
     )
     check_weights(config.base_model, config.base_fingerprint, fingerprint)
-    return inner, tokenizer
+    return inner, tokenizer, fresh
+
+
+def check_own(model: PeftModel, fresh: Sequence[str]) -> None:
+    """Refuse an adapter that does not bring what its backbone has not: the head would be random.
+
+    Raises:
+        CheckpointError: a module is lacking.
+    """
+    inner = model.get_base_model()
+    for name in fresh:
+        parts = name.split(".")
+        places = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        if not any(isinstance(inner.get_submodule(place), ModulesToSaveWrapper) for place in places):
+            raise CheckpointError(f"{ADAPTER_FILE} has no {name!r} in modules_to_save: is it complete?")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -55,9 +57,9 @@ class DetectorConfig:
         for name, known in (("form", get_args(Form)), ("quantization", get_args(Quantization))):
             if getattr(self, name) not in known:
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(known)}")
-        for label, how in self.calibration.items():
-            if isinstance(how, int | float) and not 0 < how < float("inf"):
-                raise InvalidArgumentError(f"calibration of {label!r} is {how}: give a temperature above 0")
+        check_calibration(self.calibration)
+        if unknown := set(self.calibration) - set(self.labels):
+            raise InvalidArgumentError(f"calibration has {min(unknown)!r}, which is none of the labels: leave it out")
         check_format_version(self.format_version, FORMAT_VERSION)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -70,6 +72,46 @@ class DetectorConfig:
             else:
                 columns.append(_interpolate(column.sigmoid(), how))
         return torch.stack(columns, -1)
+
+
+def check_calibration(calibration: Mapping[str, float | list[list[float]]]) -> None:
+    """Refuse a calibration that makes no probabilities, see `DetectorConfig`.
+
+    Raises:
+        InvalidArgumentError: a temperature or a knot is out of range.
+    """
+    for label, how in calibration.items():
+        if not isinstance(how, int | float):
+            check_knots(label, how)
+        else:
+            check_temperature(f"calibration of {label!r}", how)
+
+
+def check_temperature(name: str, temperature: float) -> None:
+    """Refuse a temperature that logits cannot be divided by.
+
+    Raises:
+        InvalidArgumentError: it is not from 0.001 to 1000; what `score_calibration` fits is from 0.1 to 100.
+    """
+    if not 1e-3 <= temperature <= 1e3:
+        raise InvalidArgumentError(f"{name} is {temperature}: give a temperature above 0, from 0.001 to 1000")
+
+
+def check_knots(name: str, knots: Sequence[Sequence[float]]) -> None:
+    """Refuse what is no piecewise linear map of probabilities to probabilities.
+
+    Raises:
+        InvalidArgumentError: there are not two rows of two or more numbers from 0 to 1, as many in both, the first
+            one ascending.
+    """
+    if len(knots) != 2 or len(knots[0]) != len(knots[1]) or len(knots[0]) < 2:
+        raise InvalidArgumentError(f"calibration of {name!r} has rows of {[len(row) for row in knots]}: give two alike")
+    across, up = knots
+    if not all(0 <= value <= 1 for value in (*across, *up)):
+        outside = next(value for value in (*across, *up) if not 0 <= value <= 1)
+        raise InvalidArgumentError(f"calibration of {name!r} holds {outside}: give numbers from 0 to 1")
+    if any(after < before for before, after in pairwise(across)):
+        raise InvalidArgumentError(f"calibration of {name!r} has knots that do not ascend: sort them")
 
 
 def _interpolate(values: Tensor, knots: list[list[float]]) -> Tensor:

@@ -52,7 +52,12 @@ class Writing:
 
 
 def decisions(
-    spec: str, texts: Sequence[str], writing: Writing, device: str | None = None, output: str | Path | None = None
+    spec: str,
+    texts: Sequence[str],
+    writing: Writing,
+    device: str | None = None,
+    output: str | Path | None = None,
+    allow: Sequence[str] = (),
 ) -> list[Record]:
     """What a detector says of texts, in their order.
 
@@ -65,6 +70,7 @@ def decisions(
         writing: how answers are written.
         device: where models run; `None` for an accelerator if there is one.
         output: a file of JSON lines that gets the records, and from which a killed run goes on.
+        allow: of a cascade, see `CascadeConfig.from_pretrained`.
 
     Returns:
         Records with `text`, `label` (that of the template, else toxic or non-toxic; `unparsed` without one),
@@ -79,16 +85,17 @@ def decisions(
     kind, _, path = spec.partition(":")
     if kind != "cascade":
         return _one(spec, texts, writing, device, output)
-    config = CascadeConfig.from_pretrained(path)
+    config = CascadeConfig.from_pretrained(path, allow)
     how = {name: value for name, value in asdict(config).items() if name != "training"}
     final = _file(spec, texts, writing, output, **how)
     if final is not None and final.done == len(texts):
         return _records_of(final)
     beside = [None if output is None else Path(f"{output}.{part}.jsonl") for part in ("small", "large")]
-    first = _one(config.small, texts, writing, device, beside[0])
+    first = _one(config.small, texts, writing, device, beside[0], allow)
     small = np.array([np.nan if record["toxicity"] is None else record["toxicity"] for record in first])
     places = np.flatnonzero(config.escalated(small)).tolist()
-    second = _one(config.large, [texts[place] for place in places], writing, device, beside[1]) if places else []
+    rest = [texts[place] for place in places]
+    second = _one(config.large, rest, writing, device, beside[1], allow) if places else []
     _calibrate(first, config.small, config.small_temperature)
     _calibrate(second, config.large, config.large_temperature)
     for place, record in zip(places, second, strict=True):
@@ -121,13 +128,18 @@ def _file(
 
 
 def _one(
-    spec: str, texts: Sequence[str], writing: Writing, device: str | None, output: str | Path | None
+    spec: str,
+    texts: Sequence[str],
+    writing: Writing,
+    device: str | None,
+    output: str | Path | None,
+    allow: Sequence[str] = (),
 ) -> list[Record]:
     """The records of a detector that is no cascade; it is in memory no longer than that."""
     file = _file(spec, texts, writing, output)
     records = _records_of(file)
     if len(records) < len(texts):
-        _decide_rest(spec, texts, writing, device, file, records)
+        _decide_rest(spec, texts, writing, device, file, records, allow)
         free_memory()
     return records
 
@@ -139,9 +151,11 @@ def _decide_rest(
     device: str | None,
     file: GenerationFile | None,
     records: list[Record],
+    allow: Sequence[str],
 ) -> None:
     """Add the records that are lacking."""
-    decide = _by_answers(spec, writing, device) if spec.startswith("instruction:") else _by_scores(spec, device)
+    answers = spec.startswith("instruction:")
+    decide = _by_answers(spec, writing, device) if answers else _by_scores(spec, device, allow)
     with tqdm(total=len(texts), initial=len(records), unit="text", disable=None) as bar:
         for start in range(len(records), len(texts), _CHUNK):
             some = decide(texts[start : start + _CHUNK])
@@ -158,8 +172,8 @@ def _records_of(file: GenerationFile | None) -> list[Record]:
         return [json.loads(line) for line in lines]
 
 
-def _by_scores(spec: str, device: str | None) -> Decide:
-    scorer = load_part(spec, device)
+def _by_scores(spec: str, device: str | None, allow: Sequence[str]) -> Decide:
+    scorer = load_part(spec, device, allow)
     if "TOXICITY" not in scorer.attributes:
         raise InvalidArgumentError(f"detector is {spec!r}, which scores no {ATTRIBUTES[0]}: give another")
 

@@ -15,6 +15,7 @@ from rectify.detectors.decisions import UNPARSED, Writing, decisions, write_tabl
 from rectify.errors import InvalidArgumentError
 from rectify.json_files import json_line
 from rectify.sampling import Sampling
+from rectify.scoring.load import add_allow
 from rectify.text_files import TEXT_COLUMN, read_texts
 
 
@@ -34,6 +35,7 @@ def make_parser(prog: str) -> Parser:
         metavar="NAME",
         help="instruction:PATH, cascade:PATH, or a scorer of `rectify score`",
     )
+    add_allow(parser)
     parser.add_argument("--device", help="where models run")
     parser.add_argument("--output", metavar="FILE.jsonl", help="gets the records (default: standard output); resumed")
     parser.add_argument("--csv", metavar="FILE.csv", help="gets the same as a table")
@@ -78,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         batch_size=arguments.batch_size,
     )
-    records = decisions(arguments.detector, texts, writing, arguments.device, arguments.output)
+    records = decisions(arguments.detector, texts, writing, arguments.device, arguments.output, arguments.allow or ())
     if arguments.output is None:
         sys.stdout.writelines(map(json_line, records))
     if arguments.csv:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rectify.detectors.classifier import refusing
-from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.errors import InvalidArgumentError
 from rectify.hub import check_weights, checkpoint_folder
 from rectify.json_files import check_format_version, write_json
+from rectify.pretrained import refusing
+from rectify.saved_config import read_config
+from rectify.saved_weights import read_weights, shapes_of
 from rectify.sentence_encoder import SentenceEncoder
 
 CONFIG_FILE, WEIGHTS_FILE = "gate_config.json", "gate.safetensors"
@@ -92,16 +93,14 @@ class AdapterGate(nn.Module):
         """
         folder = checkpoint_folder(name)
         with refusing(name):
-            for file in (CONFIG_FILE, WEIGHTS_FILE):
-                if not (folder / file).exists():
-                    raise CheckpointError(f"it holds no {file}: give a folder written by save_pretrained")
-            config = GateConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+            config = read_config(GateConfig, folder / CONFIG_FILE, "give a folder written by save_pretrained")
+            weights = read_weights(folder / WEIGHTS_FILE, shapes_of(lambda: make_network(config)))
             encoder = SentenceEncoder.from_pretrained(
                 config.encoder, revision=config.encoder_revision, max_length=config.max_length
             )
             check_weights(config.encoder, config.encoder_fingerprint, encoder.fingerprint)
             gate = cls(config, encoder)
-            gate.network.load_state_dict(load_file(folder / WEIGHTS_FILE))
+            gate.network.load_state_dict(weights)
         return gate.requires_grad_(False).to(device=device).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

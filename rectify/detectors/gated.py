@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -15,12 +14,15 @@ import torch
 
 from rectify.detectors import classifier
 from rectify.detectors.adapter_blend import AdapterBlend
-from rectify.detectors.classifier import ToxicityClassifier, batches_by_length, refusing
+from rectify.detectors.classifier import ToxicityClassifier, batches_by_length
+from rectify.detectors.config import check_calibration
 from rectify.detectors.gate import AdapterGate
 from rectify.detectors.routing import Routing, route
-from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.errors import InvalidArgumentError
 from rectify.hub import checkpoint_folder
 from rectify.json_files import check_format_version, write_json
+from rectify.pretrained import refusing
+from rectify.saved_config import read_config
 
 CONFIG_FILE, GATE_FOLDER, ADAPTERS_FOLDER = "gated_config.json", "gate", "adapters"
 FORMAT_VERSION = 1
@@ -54,10 +56,11 @@ class GatedConfig:
 
     def __post_init__(self) -> None:
         check_names(self.adapters)
+        check_calibration(self.calibration)
         for name, known in (("routing", get_args(Routing)), ("blending", get_args(Blending))):
             if getattr(self, name) not in known:
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(known)}")
-        if self.routing == "top_k" and not 1 <= self.k <= len(self.adapters):
+        if self.k < 1 or (self.routing == "top_k" and self.k > len(self.adapters)):
             raise InvalidArgumentError(f"k is {self.k}: give a number from 1 to {len(self.adapters)}, that of adapters")
         check_format_version(self.format_version, FORMAT_VERSION)
 
@@ -126,9 +129,7 @@ class GatedDetector:
         """
         folder = checkpoint_folder(name)
         with refusing(name):
-            if not (folder / CONFIG_FILE).exists():
-                raise CheckpointError(f"it holds no {CONFIG_FILE}: give a folder of `rectify train gate`")
-            gating = GatedConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+            gating = read_config(GatedConfig, folder / CONFIG_FILE, "give a folder of `rectify train gate`")
             places = {adapter: folder / ADAPTERS_FOLDER / adapter for adapter in gating.adapters}
             gate = AdapterGate.from_pretrained(folder / GATE_FOLDER, device=device)
             return cls(gating, gate, AdapterBlend.from_pretrained(places, device=device, dtype=dtype))

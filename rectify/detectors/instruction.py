@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,8 +16,9 @@ from rectify.adapted_model import load_adapted
 from rectify.adapters import save_adapter
 from rectify.chat_template import chat_prompt
 from rectify.detectors.classifier import check_texts
+from rectify.detectors.config import check_temperature
 from rectify.detectors.templates import Parsed, Template
-from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.errors import InvalidArgumentError
 from rectify.evaluation.fluency import prompted_nll
 from rectify.generation.generator import Continuation, Generator
 from rectify.generation.prompts import Prompt
@@ -26,6 +26,7 @@ from rectify.hub import checkpoint_folder
 from rectify.json_files import check_format_version, write_json
 from rectify.quiet_peft import PeftModel
 from rectify.sampling import Sampling
+from rectify.saved_config import read_config
 
 CONFIG_FILE = "instruction_config.json"
 FORMAT_VERSION = 1
@@ -64,8 +65,7 @@ class InstructionConfig:
             self.template = Template(**self.template)
         if self.max_length < 1:
             raise InvalidArgumentError(f"max_length is {self.max_length}: give 1 or more")
-        if not 0 < self.temperature < float("inf"):
-            raise InvalidArgumentError(f"temperature is {self.temperature}: give a number above 0")
+        check_temperature("temperature", self.temperature)
         check_format_version(self.format_version, FORMAT_VERSION)
 
     @property
@@ -81,12 +81,7 @@ class InstructionConfig:
             CheckpointError: there is none, or it cannot be used.
         """
         path = checkpoint_folder(name, revision) / CONFIG_FILE
-        if not path.exists():
-            raise CheckpointError(f"{str(name)!r} holds no {CONFIG_FILE}: give a folder of `rectify train instruction`")
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{str(path)!r} cannot be used ({first_line(error)})") from error
+        return read_config(cls, path, "give a folder of `rectify train instruction`")
 
     def save_pretrained(self, folder: str | Path, model: PeftModel) -> None:
         """Write it and a model's adapter to a folder; the language model that is adapted stays where it is."""

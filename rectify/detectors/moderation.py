@@ -6,7 +6,6 @@ Source: Ji et al., "BeaverTails: Towards Improved Safety Alignment of LLM via a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,12 +14,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args, overload
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.chat_template import PairForm, chat_pair_form
 from rectify.detectors.classifier import CONFIG_FILE, ToxicityClassifier
 from rectify.detectors.config import DetectorConfig
 from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.pretrained import read_model_config, read_tokenizer
+from rectify.saved_config import read_object
 
 CATEGORIES = (
     "animal_abuse",
@@ -164,7 +165,7 @@ class QAModeration(ToxicityClassifier):
     def read_config(cls, folder: Path) -> DetectorConfig:
         if not (folder / CONFIG_FILE).exists():
             return _published_config(folder)
-        if "template" not in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")):
+        if "template" not in read_object(folder / CONFIG_FILE, "give a folder of `rectify train moderation`"):
             raise CheckpointError(f"{CONFIG_FILE} is of a detector of texts: give one of `rectify train moderation`")
         return super().read_config(folder)
 
@@ -341,7 +342,7 @@ def add_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 def _published_config(folder: Path) -> ModerationConfig:
     """The configuration of a checkpoint of the published form, which has none of its own."""
-    model = AutoConfig.from_pretrained(folder)
+    model = cast(Any, read_model_config(folder))
     names = [str(model.id2label[place]) for place in range(model.num_labels)]
     if all(name.startswith("LABEL_") for name in names):
         if len(names) != len(CATEGORIES):
@@ -352,5 +353,5 @@ def _published_config(folder: Path) -> ModerationConfig:
         names = list(CATEGORIES)
     positions = getattr(model.get_text_config(), "max_position_embeddings", None) or 512
     # the tokenizer keeps the longest length of the training
-    longest = AutoTokenizer.from_pretrained(folder).model_max_length
+    longest = read_tokenizer(folder).model_max_length
     return ModerationConfig(str(folder), labels=names, max_length=min(512, positions, longest))

@@ -10,20 +10,21 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.adapters import add_adapter, load_adapter, save_adapter
 from rectify.detectors.classifier import batches_by_length
 from rectify.detectors.span_decoding import EncodedTexts, Span, encode_windows, spans_of, word_scores
 from rectify.detectors.span_heads import HEADS, SegmentHead, TokenHead
-from rectify.errors import CheckpointError, InvalidArgumentError, RectifyError
-from rectify.hub import check_weights, checkpoint_folder, model_place, refusing_unusable, weights_fingerprint
+from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.hub import check_weights, checkpoint_folder, model_place, weights_fingerprint
 from rectify.json_files import check_format_version
-from rectify.quiet import quiet_loading
+from rectify.pretrained import read_model, read_tokenizer, refusing, refusing_unusable
 from rectify.quiet_peft import PeftModel, TaskType
+from rectify.saved_config import read_config
+from rectify.saved_weights import check_finite, fill
 
 __all__ = ["Span", "SpanConfig", "SpanDetector"]
 
@@ -176,11 +177,8 @@ class SpanDetector(nn.Module):
             CheckpointError: nothing usable is there.
         """
         folder = checkpoint_folder(name, revision)
-        if not (folder / CONFIG_FILE).exists():
-            raise CheckpointError(f"{str(name)!r} holds no {CONFIG_FILE}: give a folder written by save_pretrained")
-        try:
-            config = SpanConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-            weights = load_file(folder / HEAD_FILE)
+        with refusing(name):
+            config = read_config(SpanConfig, folder / CONFIG_FILE, "give a folder written by save_pretrained")
             trunk: PreTrainedModel | PeftModel
             if config.adapter:
                 place = model_place(config.base_model, config.base_revision)
@@ -189,13 +187,14 @@ class SpanDetector(nn.Module):
                     check_weights(config.base_model, config.base_fingerprint, weights_fingerprint(place, trunk.config))
                 trunk = load_adapter(trunk, folder)
                 trunk.merge_adapter()
+                check_finite(trunk, "the adapted trunk")
             else:
-                trunk, tokenizer = _load_trunk(folder / TRUNK_FOLDER, None, dtype, TRUNK_FOLDER)
+                place = folder / TRUNK_FOLDER
+                if not place.is_dir():
+                    raise CheckpointError(f"it holds no {TRUNK_FOLDER}: is it complete?")
+                trunk, tokenizer = _load_trunk(place, None, dtype, TRUNK_FOLDER, exact=True)
             detector = cls(config, trunk, tokenizer)
-            detector.head.load_state_dict(weights)
-        except (RectifyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{str(name)!r} could not be loaded ({reason}): is it complete?") from error
+            fill(detector.head, folder / HEAD_FILE)
         return detector.requires_grad_(False).to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -315,14 +314,14 @@ def _check_threshold(threshold: float) -> float:
 
 
 def _load_trunk(
-    place: str | Path, revision: str | None, dtype: torch.dtype, name: str
+    place: str | Path, revision: str | None, dtype: torch.dtype, name: str, exact: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A trunk without what pools or predicts, and its tokenizer."""
-    with refusing_unusable(f"backbone {name!r}", "give a model of text with its tokenizer"), quiet_loading():
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main")
-        trunk = AutoModel.from_pretrained(place, revision=revision or "main", dtype=dtype)
+    with refusing_unusable(f"backbone {name!r}", "give a model of text with its tokenizer"):
+        tokenizer = read_tokenizer(place, revision)
+        trunk, _ = read_model(AutoModel, place, revision, dtype=dtype, exact=exact)
     if trunk.config.is_encoder_decoder:
         raise InvalidArgumentError(f"backbone {name!r} is an encoder-decoder: give a causal model or an encoder")
     if getattr(trunk, "pooler", None) is not None:
-        trunk.pooler = None  # it is of no use to tokens, and would be trained
+        cast(Any, trunk).pooler = None  # it is of no use to tokens, and would be trained
     return cast(PreTrainedModel, trunk), tokenizer

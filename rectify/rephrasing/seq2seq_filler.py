@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.builders.masking import MASK
-from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.errors import InvalidArgumentError
 from rectify.hub import model_place
 from rectify.keyed_noise import KeyedSampling, row_keys
+from rectify.pretrained import read_model, read_tokenizer, refusing_unusable
 from rectify.sampling import Sampling
 
 _TOKENS_A_MASK = 5
@@ -65,15 +66,10 @@ class Seq2SeqFiller:
             CheckpointError: no encoder-decoder is there.
         """
         place = model_place(name)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(place)
-            model = AutoModelForSeq2SeqLM.from_pretrained(place).to(device)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"filler {name!r} is no encoder-decoder that can be loaded ({first_line(error)}): give one, as a "
-                "folder or Hub id"
-            ) from error
-        return cls(model, tokenizer, name, top_p, seed)
+        with refusing_unusable(f"filler {name!r}", "give an encoder-decoder"):
+            tokenizer = read_tokenizer(place)
+            model, _ = read_model(AutoModelForSeq2SeqLM, place)
+        return cls(model.to(device), tokenizer, name, top_p, seed)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def fill(self, masked: Sequence[str], attempt: int, originals: Sequence[str] | None = None) -> list[str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,11 +10,13 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.errors import InvalidArgumentError
 from rectify.hub import checkpoint_folder
 from rectify.json_files import check_format_version, sha256_of, write_json, write_records
+from rectify.pretrained import refusing
 from rectify.rephrasing.sentences import Sentence
 from rectify.rephrasing.words import plain, split_words, without_marks
+from rectify.saved_config import read_config, read_records
 
 CONFIG_FILE, COUNTS_FILE = "substitutions.json", "substitutions.jsonl"
 _FORMAT = 1
@@ -67,6 +68,21 @@ class Edit:
                 raise InvalidArgumentError(f"{name} is {words!r}: give words in lower case with blanks between them")
         if not self.removed:
             raise InvalidArgumentError("removed is empty: give the words that were replaced")
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A record of the counts: an `Edit` and how often it was seen."""
+
+    before: str
+    removed: str
+    after: str
+    put: str
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InvalidArgumentError(f"count is {self.count}: give 1 or more")
 
 
 class Change(NamedTuple):
@@ -167,21 +183,13 @@ class Substitutions:
             CheckpointError: nothing usable is there.
         """
         folder = checkpoint_folder(name, revision)
-        try:
-            config = SubstitutionsConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+        remedy = "give a folder of `rectify train substitutions`"
+        with refusing(name):
+            config = read_config(SubstitutionsConfig, folder / CONFIG_FILE, remedy)
             edits: Counter[Edit] = Counter()
-            for line in filter(str.strip, (folder / COUNTS_FILE).read_text(encoding="utf-8").splitlines()):
-                row = json.loads(line)
-                count = row.pop("count")
-                if not isinstance(count, int) or count < 1:
-                    raise ValueError(f"count is {count!r}")
-                edits[Edit(**row)] += count
+            for row in read_records(_Counted, folder / COUNTS_FILE, remedy):
+                edits[Edit(row.before, row.removed, row.after, row.put)] += row.count
             return cls(edits, config)
-        except (InvalidArgumentError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"{str(name)!r} could not be loaded ({first_line(error)}): give a folder of `rectify train "
-                "substitutions`"
-            ) from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write configuration and counts to a folder."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,8 +13,10 @@ import torch
 from tqdm import tqdm
 
 from rectify.detectors.cascade import escalated, predicted, two_labels
-from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.detectors.config import check_temperature
+from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.json_files import check_format_version, write_json
+from rectify.saved_config import read_config
 from rectify.scoring.cache import CachedScorer, ScoreCache
 from rectify.scoring.scores import Scorer, Scores, check_attributes
 from rectify.scoring.streams import gathered
@@ -23,6 +24,7 @@ from rectify.scoring.streams import gathered
 CONFIG_FILE = "cascade_config.json"
 SCORES_FILE = "scores.sqlite"
 FORMAT_VERSION = 1
+_DEEPEST = 8
 ALL = float(np.nextafter(1, 2))
 """A threshold above every confidence."""
 
@@ -52,26 +54,37 @@ class CascadeConfig:
             raise InvalidArgumentError(f"threshold is {self.threshold}: give a confidence from 0 to 1")
         self.threshold = float(np.clip(self.threshold, 0, ALL))  # JSON has no infinities
         for name in ("small_temperature", "large_temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InvalidArgumentError(f"{name} is {getattr(self, name)}: give a number above 0")
+            check_temperature(name, getattr(self, name))
         check_format_version(self.format_version, FORMAT_VERSION)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> CascadeConfig:
+    def from_pretrained(cls, folder: str | Path, allow: Sequence[str] = ()) -> CascadeConfig:
         """That of a folder.
 
+        Args:
+            folder: it.
+            allow: scorers that it may name though they run a command or send texts away, see `load.check_saved`.
+
         Raises:
-            CheckpointError: there is none, or it cannot be used.
+            CheckpointError: there is none, it cannot be used, or it, or a cascade that it names, names such a scorer.
         """
-        path = Path(folder).expanduser() / CONFIG_FILE
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise CheckpointError(
-                f"{str(folder)!r} holds no {CONFIG_FILE}: give a folder written by `rectify train cascade`"
-            ) from error
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{str(path)!r} cannot be used ({first_line(error)}): write it anew") from error
+        return cls._read(Path(folder), allow, ())
+
+    @classmethod
+    def _read(cls, folder: Path, allow: Sequence[str], within: tuple[Path, ...]) -> CascadeConfig:
+        from rectify.scoring.load import check_saved  # which loads cascades, too
+
+        path = folder.expanduser() / CONFIG_FILE
+        config = read_config(cls, path, "give a folder written by `rectify train cascade`")
+        if path.resolve() in within or len(within) > _DEEPEST:
+            raise CheckpointError(f"{str(path)!r} is within itself, or too deep: give a cascade of other scorers")
+        for name in ("small", "large"):
+            spec = getattr(config, name)
+            check_saved(spec, f"{name} in {str(path)!r}", allow)
+            kind, _, place = spec.partition(":")
+            if kind == "cascade":
+                cls._read(Path(place), allow, (*within, path.resolve()))
+        return config
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write it to a folder, which is made."""
@@ -125,15 +138,22 @@ def toxicity_by(spec: str, texts: Sequence[str], cache: str | Path, device: str 
     return values
 
 
-def load_part(spec: str, device: str | None) -> Scorer:
+def load_part(spec: str, device: str | None, allow: Sequence[str] = ()) -> Scorer:
     """The scorer of a name, as of a cascade's parts, on a device where it can be told one.
+
+    Args:
+        spec: the name.
+        device: where it runs.
+        allow: of a cascade, see `CascadeConfig.from_pretrained`.
 
     Raises:
         RectifyError: it cannot be loaded.
     """
     from rectify.scoring.load import has_option, load_scorer  # which loads cascades, too
 
-    return load_scorer(spec, **({"device": device} if device is not None and has_option(spec, "device") else {}))
+    given = {"device": device, "allow": allow or None}
+    options = {name: value for name, value in given.items() if value is not None and has_option(spec, name)}
+    return load_scorer(spec, **options)
 
 
 def free_memory() -> None:
@@ -149,6 +169,7 @@ class CascadeScorer:
     Args:
         name: folder of `rectify train cascade`.
         device: where the two run; `None` for an accelerator if there is one.
+        allow: see `CascadeConfig.from_pretrained`.
 
     Raises:
         RectifyError: the folder or a scorer cannot be used.
@@ -156,10 +177,10 @@ class CascadeScorer:
 
     attributes: tuple[str, ...] = ("TOXICITY",)
 
-    def __init__(self, name: str | Path, *, device: str | None = None) -> None:
+    def __init__(self, name: str | Path, *, device: str | None = None, allow: Sequence[str] = ()) -> None:
         self.name = f"cascade:{name}"
-        self.config = CascadeConfig.from_pretrained(name)
-        self.small, self.large = (load_part(spec, device) for spec in (self.config.small, self.config.large))
+        self.config = CascadeConfig.from_pretrained(name, allow)
+        self.small, self.large = (load_part(spec, device, allow) for spec in (self.config.small, self.config.large))
         self.revision = (
             f"{self.small.revision} / {self.config.small_temperature:g} below {self.config.threshold:g} "
             f"{self.large.revision} / {self.config.large_temperature:g}"

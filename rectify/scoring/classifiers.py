@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rectify.detectors import ToxicityClassifier
 from rectify.detectors.classifier import batches_by_length
 from rectify.detectors.gated import ADAPTERS_FOLDER, GATE_FOLDER, GatedDetector, load_detector
 from rectify.errors import CheckpointError, InvalidArgumentError
-from rectify.hub import available_device, checkpoint_folder, files_digest, model_place, refusing_unusable
+from rectify.hub import available_device, checkpoint_folder, files_digest, model_place
+from rectify.pretrained import read_model, read_tokenizer, refusing_unusable
 from rectify.quiet_peft import PeftModel
 from rectify.scoring.labels import outputs_by_attribute
 from rectify.scoring.scores import Reason, Scores, check_attributes, reason_against
@@ -109,15 +110,11 @@ class HfScorer:
         place, _, wanted = (name, "", "") if Path(name).expanduser().exists() else name.partition("@")
         source = model_place(place, wanted or None)
         with refusing_unusable(f"text classifier {name!r}", "check the path, or the id and the connection"):
-            self._tokenizer = AutoTokenizer.from_pretrained(source, revision=wanted or "main")
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                source, revision=wanted or "main", dtype=torch.float32, output_loading_info=True
-            )
-        if report["missing_keys"]:  # transformers would leave them at their random start
-            raise CheckpointError(
-                f"{name!r} lacks the weights {min(report['missing_keys'])}: give a model that was trained to classify"
-            )
-        self._model = model.to(self._device).eval()
+            self._tokenizer = read_tokenizer(source, wanted or None)
+            model, new = read_model(AutoModelForSequenceClassification, source, wanted or None, dtype=torch.float32)
+        if new:
+            raise CheckpointError(f"{name!r} lacks the weights {min(new)}: give a model that was trained to classify")
+        self._model = model.to(self._device).eval()  # type: ignore[arg-type]
         config = self._model.config
         self._outputs = outputs_by_attribute([config.id2label[index] for index in range(config.num_labels)], labels)
         self.attributes = tuple(self._outputs)

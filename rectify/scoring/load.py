@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from rectify.errors import InvalidArgumentError
+from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.scoring.scores import Scorer
 
 SCORERS = {
@@ -26,6 +29,7 @@ SCORERS = {
 
 
 _OF_PAIRS = {"moderation"}
+_RUN_OR_CALL = {"process": "runs a command", "perspective": "sends texts to a service"}
 
 
 def judges_pairs(spec: str) -> bool:
@@ -65,6 +69,40 @@ def has_option(spec: str, name: str) -> bool:
         InvalidArgumentError: there is no such scorer.
     """
     return name in inspect.signature(_class(_parts(spec)[0])).parameters
+
+
+def check_saved(spec: str, place: str, allow: Sequence[str] = ()) -> None:
+    """Refuse the name of a scorer that stands in a file, where it runs a command or sends texts away.
+
+    A folder of weights may come from anybody; what runs here, and who gets the texts, only the user says.
+
+    Args:
+        spec: the name.
+        place: of it, for the message.
+        allow: names that the user has given as well, letter for letter.
+
+    Raises:
+        CheckpointError: it is such a scorer and not allowed, or a word list that is no file.
+    """
+    kind, _, argument = spec.partition(":")
+    if kind in _RUN_OR_CALL and spec not in allow:
+        raise CheckpointError(
+            f"{place} is {spec!r}, which {_RUN_OR_CALL[kind]}, and a file may not name such a scorer: if you trust it, "
+            f"name it yourself (--allow {shlex.quote(spec)})"
+        )
+    if kind == "keywords" and not Path(argument).expanduser().is_file():
+        raise CheckpointError(f"{place} is {spec!r}, where no file is: put the word list there")
+
+
+def add_allow(parser: argparse._ActionsContainer) -> None:
+    """Give a command the flag `--allow`, see `check_saved`."""
+    parser.add_argument(
+        "--allow",
+        action="append",
+        metavar="SCORER",
+        help="cascade: a process: or perspective that its folder may name, letter for letter (may be repeated); "
+        "without this no file of a folder has a command run or a text sent away",
+    )
 
 
 def _parts(spec: str) -> tuple[str, str]:

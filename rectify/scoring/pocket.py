@@ -11,12 +11,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.detectors.classifier import pad
-from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.detectors.config import check_knots
+from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.hub import checkpoint_folder
+from rectify.pretrained import read_model, read_tokenizer, refusing
+from rectify.saved_config import read_config
 from rectify.scoring.scores import Scores, check_attributes, reason_against
 
 CONFIG_FILE, WEIGHTS_FILE = "scorer_config.json", "model.safetensors"
@@ -45,6 +47,10 @@ class ScorerConfig:
             raise InvalidArgumentError(f"attributes is {self.attributes!r}: give one or more, each once")
         if self.max_length < 3:
             raise InvalidArgumentError(f"max_length is {self.max_length}: give 3 or more")
+        for attribute, knots in self.calibration.items():
+            if attribute not in self.attributes:
+                raise InvalidArgumentError(f"calibration has {attribute!r}, which is none of the attributes")
+            check_knots(attribute, knots)
 
 
 class PocketScorer:
@@ -74,6 +80,11 @@ class PocketScorer:
                 f"attributes are {len(config.attributes)}, the model has {model.config.num_labels} outputs: "
                 "give one for each"
             )
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and config.max_length > longest:
+            raise InvalidArgumentError(f"max_length is {config.max_length}, and the model reads {longest}: give less")
+        if len(tokenizer) > cast(Any, model.get_input_embeddings()).weight.shape[0]:
+            raise InvalidArgumentError(f"the tokenizer has {len(tokenizer)} tokens, the model fewer: give its own")
         self.config, self.model, self.tokenizer, self.batch_size = config, model.eval(), tokenizer, batch_size
         self.name = "pocket"
         self.attributes = tuple(config.attributes)
@@ -95,17 +106,15 @@ class PocketScorer:
             CheckpointError: nothing usable is there.
         """
         folder = checkpoint_folder(name, revision)
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / file).exists():
-                raise CheckpointError(f"{str(name)!r} holds no {file}: give a folder written by save_pretrained")
-        try:
-            config = ScorerConfig(**json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-            scorer = cls(config, model.to(device), AutoTokenizer.from_pretrained(folder))
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{str(name)!r} could not be loaded ({first_line(error)}): is it complete?"
-            ) from error
+        with refusing(name):
+            config = read_config(ScorerConfig, folder / CONFIG_FILE, "give a folder written by save_pretrained")
+            if not (folder / WEIGHTS_FILE).exists():
+                raise CheckpointError(f"it holds no {WEIGHTS_FILE}: give a folder written by save_pretrained")
+            tokenizer = read_tokenizer(folder)
+            model, new = read_model(AutoModelForSequenceClassification, folder, dtype=torch.float32, exact=True)
+            if new:
+                raise CheckpointError(f"it lacks the weights {min(new)!r}: is it complete?")
+            scorer = cls(config, model.to(device), tokenizer)  # type: ignore[arg-type]
         digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes())
         digest.update(json.dumps([config.calibration, config.max_length]).encode())
         scorer.revision = f"{config.version}-{digest.hexdigest()[:12]}"

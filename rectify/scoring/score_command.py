@@ -13,14 +13,14 @@ from typing import Any
 from rectify.command_line import Parser, execute, say
 from rectify.errors import InvalidArgumentError
 from rectify.scoring.cache import CachedScorer, ScoreCache
-from rectify.scoring.load import SCORERS, judges_pairs, load_scorer
+from rectify.scoring.load import SCORERS, add_allow, judges_pairs, load_scorer
 from rectify.scoring.score_run import Inputs, write_scores
 from rectify.scoring.scores import check_attributes
 from rectify.scoring.streams import is_streaming
 from rectify.text_files import TEXT_COLUMN
 from rectify.version import __version__
 
-_OPTIONS = ("device", "endpoint", "rate", "workers", "languages", "labels", "min_severity", "threshold")
+_OPTIONS = ("device", "endpoint", "rate", "workers", "languages", "labels", "min_severity", "threshold", "allow")
 
 
 def make_parser(prog: str) -> Parser:
@@ -60,6 +60,7 @@ def make_parser(prog: str) -> Parser:
         help="moderation: what a category must exceed to be flagged: a number, tuned (default where there is one), "
         "prediction (0.4, else the default) or evaluation (0.5)",
     )
+    add_allow(local)
     remote = parser.add_argument_group("perspective", "the key comes from the environment's PERSPECTIVE_API_KEY")
     remote.add_argument("--endpoint", metavar="URL", help="of a server that speaks its format")
     remote.add_argument("--rate", type=float, help="calls a second (default: 1)")

@@ -9,7 +9,7 @@ import socket
 
 from rectify.command_line import Parser, execute, say
 from rectify.errors import InvalidArgumentError
-from rectify.scoring.load import SCORERS, load_scorer
+from rectify.scoring.load import SCORERS, add_allow, load_scorer
 
 KEYS_VARIABLE = "RECTIFY_API_KEYS"
 _MAX_CONNECTIONS = 1024
@@ -27,6 +27,7 @@ def make_parser(prog: str) -> Parser:
     parser.add_argument("--port", type=int, default=8000, help="port; 0 for any that is free (default: %(default)s)")
     scorers = "; ".join(f"{form}: {what}" for form, what in SCORERS.items()).replace("%", "%%")
     parser.add_argument("--scorer", default="pocket", help=f"what scores (default: %(default)s). {scorers}")
+    add_allow(parser)
     parser.add_argument("--attributes", nargs="+", help="those to answer (default: all of the scorer's)")
     parser.add_argument(
         "--languages",
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rectify.scoring.server import make_app
 
     keys = arguments.api_key or [key for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
-    scorer = load_scorer(arguments.scorer)
+    scorer = load_scorer(arguments.scorer, **({"allow": arguments.allow} if arguments.allow else {}))
     app = make_app(
         scorer,
         attributes=arguments.attributes,

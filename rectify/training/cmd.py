@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
 from rectify.adapters import save_adapter
@@ -23,6 +23,7 @@ from rectify.json_files import sha256_of, write_json
 from rectify.keyed_noise import KeyedSampling, row_keys
 from rectify.methods.self_detoxifier import DetoxifierConfig
 from rectify.padding import pad_left
+from rectify.pretrained import read_model_config, refusing_unusable
 from rectify.quiet_peft import PeftModel
 from rectify.sampling import Sampling
 from rectify.sentence_encoder import masked_mean
@@ -146,10 +147,8 @@ def train_chains(
 
 def _refuse_encoder_decoder(name: str, revision: str | None) -> None:
     place = model_place(name, revision)
-    try:
-        config = AutoConfig.from_pretrained(place, revision=revision or "main")
-    except (OSError, ValueError, KeyError):
-        return  # to be refused when it is loaded
+    with refusing_unusable(f"model {name!r}", "give a causal language model with its tokenizer"):
+        config = read_model_config(place, revision)
     # of some, transformers would make a causal model of the decoder alone
     if config.is_encoder_decoder:
         raise InvalidArgumentError(f"model {name!r} is an encoder-decoder: give a causal model, which writes chains on")

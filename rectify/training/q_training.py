@@ -12,17 +12,17 @@ import torch
 from torch import nn
 from transformers import (
     AutoModel,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
 )
 
-from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.errors import InvalidArgumentError
 from rectify.heads import LowRankHead
 from rectify.hub import current_fingerprint, load_language_model, model_place
 from rectify.json_files import write_json
+from rectify.pretrained import read_model, read_tokenizer, refusing_unusable
 from rectify.q_network import CONFIG_FILE, DeadEndQNetwork
 from rectify.quiet_peft import LoraConfig
 from rectify.splits import split_by_hash
@@ -156,11 +156,9 @@ def _splits(data: DataArguments) -> tuple[list[Trajectory], list[Trajectory]]:
 def _load_trunk(model: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     name = model.model_name_or_path
     place = model_place(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.tokenizer_name or place)
-        trunk = AutoModel.from_pretrained(place, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"model_name_or_path {name!r} cannot be loaded ({first_line(error)})") from error
+    with refusing_unusable(f"model_name_or_path {name!r}", "give a causal language model with its tokenizer"):
+        tokenizer = read_tokenizer(model_place(model.tokenizer_name) if model.tokenizer_name else place)
+        trunk, _ = read_model(AutoModel, place, dtype=torch.float32)
     return trunk, tokenizer
 
 

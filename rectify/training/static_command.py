@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from transformers import AutoConfig, AutoTokenizer
-
 from rectify.command_line import Parser, execute, say
-from rectify.errors import CheckpointError, InvalidArgumentError, first_line
+from rectify.errors import InvalidArgumentError
 from rectify.hub import model_place
+from rectify.pretrained import read_model_config, read_tokenizer, refusing_unusable
 from rectify.static_risk import StaticTokenRisk
 from rectify.training.trajectory_data import TrajectoryDataset, read_trajectories
 from rectify.vocabulary import Fingerprint
@@ -32,13 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
         RectifyError: something that was given cannot be used.
     """
     place = model_place(arguments.model_name_or_path)
-    try:
-        config = AutoConfig.from_pretrained(place)
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"model_name_or_path {arguments.model_name_or_path!r} has no usable tokenizer ({first_line(error)})"
-        ) from error
+    with refusing_unusable(f"model_name_or_path {arguments.model_name_or_path!r}", "give a model with its tokenizer"):
+        config = read_model_config(place)
+        tokenizer = read_tokenizer(place)
     data = TrajectoryDataset(read_trajectories(arguments.train_file), tokenizer, arguments.block_size)
     if not len(data):
         raise InvalidArgumentError("no trajectory has a token to learn from: give other files")

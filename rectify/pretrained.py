@@ -1,0 +1,216 @@
+"""The one door to what transformers loads: no code that comes with a model is run, and no weight is made up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rectify.adapter_config import ADAPTER_FILE, read_adapter_config
+from rectify.errors import CheckpointError, MissingExtraError, RectifyError, first_line
+from rectify.quiet import quiet_loading
+from rectify.saved_weights import check_finite, weight_shapes
+
+GIVEN: dict[str, Any] = {"trust_remote_code": False}
+"""What every call gets. Without it transformers would ask on standard input whether to run a model's code."""
+_MODEL_FILE = "config.json"
+_WEIGHTS = {".safetensors", ".bin"}
+_FEWEST_ELEMENTS, _ELEMENTS_A_BYTE = 1 << 26, 16
+_FEWEST_LAYERS = 256
+_FEWEST_TOKENS = 64
+
+
+@contextmanager
+def refusing_unusable(what: str, remedy: str) -> Iterator[None]:
+    """Refuse in one sentence what transformers cannot load, for whatever reason.
+
+    Args:
+        what: is loaded, with its name.
+        remedy: what to give instead.
+
+    Raises:
+        CheckpointError: loading fails.
+    """
+    try:
+        yield
+    except RectifyError:
+        raise
+    except Exception as error:  # damaged files make of other libraries whatever they like, MemoryError among it
+        raise CheckpointError(
+            f"{what} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): {remedy}"
+        ) from error
+
+
+@contextmanager
+def refusing(name: str | Path) -> Iterator[None]:
+    """Turn whatever fails over a damaged checkpoint into one `CheckpointError` of one line that names it."""
+    try:
+        yield
+    except MissingExtraError:  # nothing is damaged
+        raise
+    except RectifyError as error:  # with its own remedy
+        raise CheckpointError(f"{str(name)!r} could not be loaded: {_one_line(error)}") from error
+    except Exception as error:  # damaged files make of other libraries whatever they like
+        raise CheckpointError(f"{str(name)!r} could not be loaded ({_one_line(error)}): is it complete?") from error
+
+
+def _one_line(error: Exception) -> str:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= 600 else f"{said[:597]}..."
+
+
+def read_model_config(place: str | Path, revision: str | None = None, **changes: Any) -> PreTrainedConfig:
+    """The configuration of a model; to be called within `refusing_unusable`.
+
+    Args:
+        place: see `hub.model_place`.
+        revision: of a Hub id.
+        changes: of its settings.
+
+    Raises:
+        CheckpointError: it names code to run, or a file of its folder is none.
+    """
+    if isinstance(place, Path):
+        _check_files(place)
+    config = AutoConfig.from_pretrained(place, revision=revision or "main", **changes, **GIVEN)
+    check_config(config)
+    return config
+
+
+def read_tokenizer(place: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; to be called within `refusing_unusable`.
+
+    Args:
+        place: see `hub.model_place`.
+        revision: of a Hub id.
+
+    Raises:
+        CheckpointError: it knows no words, or a file of its folder is none.
+    """
+    if isinstance(place, Path):
+        _check_files(place)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, revision=revision or "main", **GIVEN)
+    # without its files transformers makes one of special tokens alone
+    if len(tokenizer) < _FEWEST_TOKENS and set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise CheckpointError(f"the tokenizer at {str(place)!r} has no token of text: are its files there?")
+    return tokenizer
+
+
+def read_model(
+    auto: Any,
+    place: str | Path,
+    revision: str | None = None,
+    *,
+    config: PreTrainedConfig | None = None,
+    new_head: bool = False,
+    exact: bool = False,
+    **given: Any,
+) -> tuple[PreTrainedModel, set[str]]:
+    """A model with all of its weights; to be called within `refusing_unusable`.
+
+    Args:
+        auto: the class of transformers that makes it, such as `AutoModel`.
+        place: see `hub.model_place`.
+        revision: of a Hub id.
+        config: its configuration, where that was read already.
+        new_head: its head, what it has beside its body, may be missing or of another shape, and is new then. A missing
+            pooler, which the heads of encoders read, is new in any case.
+        exact: it is a folder that this package wrote, which holds just the weights of the model, as safetensors.
+        given: further arguments, as `dtype`.
+
+    Returns:
+        The model, and the names of the weights that are new.
+
+    Raises:
+        CheckpointError: weights are missing, are not finite, or cannot be those of the configuration; or a
+            configuration names code to run.
+    """
+    if isinstance(place, Path):
+        _check_files(place)
+        if exact:
+            _check_exact(place)
+    if config is None and not (isinstance(place, Path) and (place / ADAPTER_FILE).exists()):
+        config = read_model_config(place, revision)
+    if config is not None:
+        if isinstance(place, Path):
+            _check_size(auto, place, config)
+        given["config"] = config
+    with quiet_loading():
+        model, report = auto.from_pretrained(
+            place,
+            revision=revision or "main",
+            ignore_mismatched_sizes=new_head,
+            output_loading_info=True,
+            weights_only=True,  # of what is no safetensors: tensors, and nothing that runs
+            **({"use_safetensors": True} if exact else {}),
+            **given,
+            **GIVEN,
+        )
+    mismatched = {name for name, *_ in report["mismatched_keys"]}
+    new = set(report["missing_keys"]) | mismatched
+    body = f"{model.base_model_prefix}."
+    heads = {name for name in new if not name.startswith(body)} if new_head and model.base_model is not model else set()
+    poolers = {name for name in new - mismatched if "pooler" in name.split(".")}
+    if lacking := new - heads - poolers:
+        raise CheckpointError(
+            f"{str(place)!r} lacks the weights {min(lacking)!r}, which would be random: give a model that has them"
+        )
+    if report.get("error_msgs") or report.get("conversion_errors"):
+        raise CheckpointError(f"{str(place)!r} has weights that are not those of its {_MODEL_FILE}: is it complete?")
+    if exact and report["unexpected_keys"]:
+        raise CheckpointError(
+            f"{str(place)!r} holds weights {min(report['unexpected_keys'])!r}, which have no place: is it complete?"
+        )
+    check_finite(model, f"the model at {str(place)!r}")
+    return model, new
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder with a device or a pipe in it, from which reading might never end, and adapters that run code."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{str(path)!r} is no file: give a folder of files")
+    if (folder / ADAPTER_FILE).exists():  # which transformers would follow
+        read_adapter_config(folder)
+
+
+def _check_exact(folder: Path) -> None:
+    """Refuse a folder that this package did not write."""
+    if (folder / ADAPTER_FILE).exists():
+        raise CheckpointError(f"{str(folder)!r} holds {ADAPTER_FILE}, which has no place there: take it away")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{str(folder)!r} holds no weights as .safetensors: is it complete?")
+    for path in files:
+        weight_shapes(path)
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Refuse a configuration that has code fetched: an attention of the Hub's kernels."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        for name in ("_attn_implementation", "_experts_implementation"):
+            value = getattr(part, name, None)
+            if value is not None and not (isinstance(value, str) and "/" not in value):
+                raise CheckpointError(f"its {_MODEL_FILE} has {name} {value!r}, code of the Hub: take it out")
+
+
+def _check_size(auto: Any, folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse a configuration of a model that is far larger than the files of its weights, before it fills memory."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    layers = 1 if layers is None else layers
+    files = [path for path in folder.iterdir() if path.suffix in _WEIGHTS]
+    size = sum(path.stat().st_size for path in files)
+    if not 0 < layers <= max(_FEWEST_LAYERS, size // 64):
+        raise CheckpointError(f"its {_MODEL_FILE} has {layers} layers, its weights are {size} bytes: is it complete?")
+    with torch.device("meta"), quiet_loading():
+        elements = sum(weight.numel() for weight in auto.from_config(deepcopy(config), **GIVEN).parameters())
+    if elements > max(_FEWEST_ELEMENTS, _ELEMENTS_A_BYTE * size):
+        raise CheckpointError(
+            f"its {_MODEL_FILE} is of {elements} weights, and its files hold {size} bytes: is it complete?"
+        )
