@@ -10,7 +10,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rectify.errors import InvalidArgumentError
+from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.hub import checkpoint_folder
 from rectify.json_files import check_format_version, sha256_of, write_json, write_records
 from rectify.pretrained import refusing
@@ -187,9 +187,12 @@ class Substitutions:
         with refusing(name):
             config = read_config(SubstitutionsConfig, folder / CONFIG_FILE, remedy)
             edits: Counter[Edit] = Counter()
-            for row in read_records(_Counted, folder / COUNTS_FILE, remedy):
-                edits[Edit(row.before, row.removed, row.after, row.put)] += row.count
-            return cls(edits, config)
+            try:
+                for row in read_records(_Counted, folder / COUNTS_FILE, remedy):
+                    edits[Edit(row.before, row.removed, row.after, row.put)] += row.count
+                return cls(edits, config)
+            except InvalidArgumentError as error:
+                raise CheckpointError(f"its {COUNTS_FILE} cannot be used ({error}): {remedy}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write configuration and counts to a folder."""
