@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from rectify.padding import Padding
 from rectify.prefix_memo import MASKED
 from rectify.q_network import DeadEndQNetwork, token_risks
 from rectify.q_value import QValue
+from rectify.readable import readable_scores, readable_survival
 from rectify.risk_model import RiskModel
 from rectify.rule import Rectified, Rule, Tilt, rectify, rectify_candidates, rectify_support
 from rectify.sampling import Sampling
@@ -46,8 +48,10 @@ class Statistics:
         decisions: how many next-token distributions were rectified.
         capped: tokens held at their cap or removed, over all decisions.
         moved: total variation distance to the base policy, summed over decisions.
-        widened: decisions whose truncated support was infeasible, and the whole policy was used.
+        widened: decisions whose truncated support was infeasible, and tokens outside it were let in.
         dead_ends: decisions for which no policy is feasible.
+        unread: decisions in which the risk of a token was no number, and was held to be the highest. More than 0 tells
+            of a Q network or detector that fails.
     """
 
     decisions: int
@@ -55,6 +59,7 @@ class Statistics:
     moved: float
     widened: int
     dead_ends: int
+    unread: int
 
 
 class RectificationProcessor(LogitsProcessor):
@@ -96,9 +101,6 @@ class RectificationProcessor(LogitsProcessor):
         9
     """
 
-    # it needs whole prefixes, and continuous batching gives the last token only
-    supports_continuous_batching = False
-
     def __init__(
         self,
         q_network: RiskModel | None,
@@ -125,8 +127,8 @@ class RectificationProcessor(LogitsProcessor):
         self.rule = rule if rule is not None else Tilt()
         self.sampling = Sampling.resolve(model.generation_config if model is not None else None, **sampling)
         reader = q_network if q_network is not None else cast(DetectorValue, detector)
-        self._warpers = self.sampling.warpers(model.device if model is not None else reader.device)
-        self._truncates = self.sampling.truncates
+        self._scaling = self.sampling.scaling()
+        self._truncating = self.sampling.truncating(model.device if model is not None else reader.device)
         _keep_freed_memory()
         if model is not None and self._q is not None:
             self._q.check_width(model.config.get_text_config().vocab_size)
@@ -158,9 +160,27 @@ class RectificationProcessor(LogitsProcessor):
     # -----------------------------------------------------------------------------------------------------------------
     # Around a call of `generate`
 
-    def generate_kwargs(self) -> dict[str, Any]:
-        """What to pass to `generate` so that no warper follows the rule, whatever its generation_config says."""
-        return self.sampling.generate_kwargs()
+    @property
+    def supports_continuous_batching(self) -> bool:  # type: ignore[override]
+        """No: it needs whole prefixes, and continuous batching, which asks here, gives the last token only."""
+        warnings.warn(
+            "continuous batching drops this processor, so that nothing is rectified: call generate, not generate_batch",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+
+    def generate_kwargs(self, **more: Any) -> dict[str, Any]:
+        """What to pass to `generate` so that no warper follows the rule, whatever its generation_config says.
+
+        Args:
+            **more: further arguments of `generate`, as in `generate_kwargs(do_sample=True, max_new_tokens=20)`.
+
+        Raises:
+            InvalidArgumentError: one of them is a sampling setting, which belongs to the processor, contradicts it, or
+                has `generate` drop the processor (`cache_implementation="paged"`).
+        """
+        return self.sampling.generate_kwargs(**more)
 
     def set_attention_mask(self, attention_mask: Tensor | None) -> None:
         """Say where the next prompts have padding; `generate` does not pass that on.
@@ -185,11 +205,12 @@ class RectificationProcessor(LogitsProcessor):
             self.detector.clear()
         self._sums: Tensor | None = None
         self._decisions = 0
+        self._warned = False
 
     def statistics(self) -> Statistics:
         """What was done since the last `reset`; waits for the device once."""
-        capped, moved, widened, dead_ends = self._sums.tolist() if self._sums is not None else (0.0,) * 4
-        return Statistics(self._decisions, int(capped), moved, int(widened), int(dead_ends))
+        capped, moved, widened, dead_ends, unread = self._sums.tolist() if self._sums is not None else (0.0,) * 5
+        return Statistics(self._decisions, int(capped), moved, int(widened), int(dead_ends), int(unread))
 
     # -----------------------------------------------------------------------------------------------------------------
     # One step
@@ -205,8 +226,8 @@ class RectificationProcessor(LogitsProcessor):
         Raises:
             VocabularyMismatchError: V is not the Q network's vocabulary size, and no tokenizer was given to show that
                 the vocabularies agree.
-            InvalidArgumentError: the prefixes are empty or longer than the context of Q network or detector, or the
-                attention mask is that of other prompts.
+            InvalidArgumentError: the prefixes are empty or longer than the context of Q network or detector, the
+                attention mask is that of other prompts, or a row of the scores leaves no token.
         """
         result = self.decide(input_ids, scores)
         if result is None:
@@ -223,21 +244,25 @@ class RectificationProcessor(LogitsProcessor):
         prefixes, hidden = self._state(input_ids, scores.shape[-1])
         if self._q is not None and hidden is None:
             return None
+        given = torch.promote_types(scores.dtype, torch.float32)
         scores, warped = self._warped(input_ids, scores)
         if self.detector is not None:
             candidates = self.detector.candidates_of(warped, self.sampling.least)
             survival = self._candidate_log_survival(prefixes, hidden, candidates, scores.shape[-1])
-            return rectify_candidates(warped, candidates, survival.to(scores.device), self.rule, scores)
-        q, states, width = cast(QValue, self._q), cast(Tensor, hidden), scores.shape[-1]
-        support = support_of(warped, width // _SUPPORT) if self._truncates else None
-        if support is None:
-            log_survival = q.log_survival(states, None, width).to(scores.device)
-            return rectify(warped, log_survival, self.rule, unwarped=scores if self._truncates else None)
+            result = rectify_candidates(warped, candidates, survival.to(scores.device), self.rule, scores, checked=True)
+            return result._replace(scores=result.scores.to(given))
+        states, width = cast(Tensor, hidden), scores.shape[-1]
 
         def of_some(rows: Tensor | None, tokens: Tensor | None) -> Tensor:
-            return q.log_survival(states if rows is None else states[rows], tokens, width).to(scores.device)
+            return self._q_survival(states if rows is None else states[rows], tokens, width).to(scores.device)
 
-        return rectify_support(warped, support, of_some, self.rule, scores)
+        support = support_of(warped, width // _SUPPORT) if self._truncating else None
+        if support is None:
+            unwarped = scores if self._truncating else None
+            result = rectify(warped, of_some(None, None), self.rule, unwarped, checked=True)
+        else:
+            result = rectify_support(warped, support, of_some, self.rule, scores, checked=True)
+        return result._replace(scores=result.scores.to(given))
 
     @torch.no_grad()
     def next_token_log_survival(self, input_ids: Tensor, vocab_size: int | None = None) -> Tensor:
@@ -293,22 +318,45 @@ class RectificationProcessor(LogitsProcessor):
         return prefixes, None if self._q is None else self._q.last_hidden(prefixes)
 
     def _warped(self, input_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores in float32 or better, before and after the warpers."""
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return scores, self._warpers(cast(LongTensor, input_ids), cast(FloatTensor, scores))
+        """Scores in float32 or better, with their bans `-inf`: at the temperature, and truncated as well."""
+        read = cast(FloatTensor, readable_scores(scores))
+        scaled = self._scaling(cast(LongTensor, input_ids), read)
+        return scaled, self._truncating(cast(LongTensor, input_ids), scaled)
+
+    def _q_survival(self, hidden: Tensor, tokens: Tensor | None, vocab_size: int) -> Tensor:
+        """`log(1 + Q)` of the Q network in states, NaN where it is no number; see `QValue.log_survival`."""
+        q = cast(QValue, self._q)
+        return self._checked(q.log_survival(hidden, tokens, vocab_size), "Q network", q.q_network)
 
     def _candidate_log_survival(
         self, prefixes: Tensor, hidden: Tensor | None, candidates: Support, vocab_size: int
     ) -> Tensor:
         """`log(1 + Q)` of candidates, by the detector and, if there is one, the Q network: `[B, K]`."""
-        found = cast(DetectorValue, self.detector).log_survival(prefixes, candidates)
+        detector = cast(DetectorValue, self.detector)
+        found = self._checked(detector.log_survival(prefixes, candidates), "detector", detector)
         if self._q is None or hidden is None:
             return found
-        other = self._q.log_survival(hidden, candidates.tokens, vocab_size).to(found.device)
+        other = self._q_survival(hidden, candidates.tokens, vocab_size).to(found.device)
         return found + other if self.combination == "product" else torch.minimum(found, other)
 
+    def _checked(self, log_survival: Tensor, kind: str, source: object) -> Tensor:
+        """Values in which what is none is NaN, so that no combination with another's hides it; warns the first time."""
+        log_survival, unread = readable_survival(log_survival)
+        if unread is None:
+            return log_survival
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the {kind} ({type(source).__name__}) gives risks that are no numbers: those tokens count as the "
+                "riskiest, and `statistics().unread` counts the decisions. Are its weights whole, and its dtype wide "
+                "enough?",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return log_survival.masked_fill(unread, torch.nan)
+
     def _count(self, result: Rectified) -> None:
-        events = (result.capped, result.moved, result.widened, result.dead_end)
+        events = (result.capped, result.moved, result.widened, result.dead_end, result.unread)
         sums = torch.stack([event.to(torch.float32).sum() for event in events])
         sums = sums if sums.device.type == "mps" else sums.double()  # MPS has no float64
         self._sums = sums if self._sums is None else self._sums + sums

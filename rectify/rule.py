@@ -3,7 +3,9 @@
 Let `π₀(a|s)` be the base policy, `Q(s,a) ∈ [−1, 0]` the dead-end value (`−Q` estimates the probability that the
 finished text is toxic) and `1 + Q` the survival probability. The security condition (Cao et al., "Systematic
 Rectification of Language Models via Dead-end Analysis", ICLR 2023) asks for
-`π(a|s) ≤ c(s,a) = clip(1 + Q(s,a) − ε, p_min, 1)`.
+`π(a|s) ≤ clip(1 + Q(s,a) − ε, p_min, 1)`. Here the margin is never larger than the risk that it is a margin of: the
+cap is `c(s,a) = clip(1 + Q − min(ε, −Q), p_min, 1)`. For risks of ε or more that is the condition as published; for
+smaller ones it is `1 + 2Q`, never above `1 + Q`; and a confident policy without risk is left alone.
 
 `Cap` meets it exactly, at the least distance from the base policy. `Tilt`, `Mask` and `Advantage` reshape the policy
 first, because a cap binds only where a token's probability exceeds its survival and so leaves rare toxic tokens alone;
@@ -18,12 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rectify.errors import InvalidArgumentError
+from rectify.projection import Reshaped, normalise, normalise_, project_onto_caps
+from rectify.readable import readable_scores, readable_survival
 from rectify.support import Support
 
 # A normaliser beyond this is that of raw logits: it says nothing, and float32 is coarse there.
@@ -34,11 +38,13 @@ class Rectified(NamedTuple):
     """What a rule made of a batch of policies, and what it had to do for that.
 
     Attributes:
-        scores: `[B, V]` logits of the rectified policy. Rows that the rule leaves alone are returned bit for bit.
+        scores: `[B, V]` logits of the rectified policy, float32 or better whatever the dtype of the policy was, so that
+            caps hold in it. Rows that the rule leaves alone are returned bit for bit.
         capped: `[B]` int64, tokens held at their cap or removed (`Tilt` caps nothing).
         moved: `[B]` float, total variation distance to the base policy, from 0 to 1.
-        widened: `[B]` bool, the truncated support was infeasible and the whole policy was used.
+        widened: `[B]` bool, the truncated support was infeasible, and tokens outside it were let in.
         dead_end: `[B]` bool, no policy is feasible, and `π ∝ π₀·max(1 + Q, p_min)` was used.
+        unread: `[B]` bool, the risk of a token was no number, and held to be the highest.
     """
 
     scores: Tensor
@@ -46,103 +52,7 @@ class Rectified(NamedTuple):
     moved: Tensor
     widened: Tensor
     dead_end: Tensor
-
-
-class Reshaped(NamedTuple):
-    """One stage of a rule.
-
-    Attributes:
-        log_policy: `[B, V]` normalised.
-        capped: `[B]` int64, tokens held at their cap or removed.
-        changed: `[B]` bool, whether the stage changed anything.
-        feasible: `[B]` bool; a row where it is False holds no policy and is to be replaced.
-    """
-
-    log_policy: Tensor
-    capped: Tensor
-    changed: Tensor
-    feasible: Tensor
-
-
-def project_onto_caps(log_policy: Tensor, caps: Tensor) -> Reshaped:
-    """The policy nearest to the base in KL divergence among those under the caps: `min(c, t·π₀)`.
-
-    `t ≥ 1` is found by growing the set `B` of binding caps: given `B`, `t = (1 − Σ_B c) / Σ_{not B} π₀`, which rises
-    from round to round and only adds to `B`, so the iteration ends; usually within 6 rounds, without a sort. Each row
-    is a problem of its own.
-
-    Args:
-        log_policy: `[B, V]` normalised log-probabilities, float32 or float64; `-inf` outside the support.
-        caps: `[B, V]` of the same dtype, in (0, 1].
-
-    Returns:
-        The projected log policy with its binding caps; feasible where the caps over the support sum to at least 1.
-
-    Source: the minimiser of KL(π‖π₀) under box constraints, from its Lagrange conditions. The published code's two
-    passes of cap and renormalise leave tokens up to three times above their caps.
-    """
-    feasible = caps.masked_fill(log_policy == -math.inf, 0).sum(-1) >= 1 - 8 * torch.finfo(caps.dtype).eps
-    # a cap binds once log t exceeds this room; infinite outside the support
-    room = caps.log().sub_(log_policy)
-    changed = room.amin(-1) < 0
-    capped = torch.zeros_like(changed, dtype=torch.int64)
-    # most caps of most states do not bind: only the rows where one does are worked on
-    rows = changed.nonzero().squeeze(-1)
-    if rows.numel() == len(changed):
-        log_policy, capped = _fill(log_policy, caps, room)
-    elif rows.numel():
-        projected, bound = _fill(log_policy[rows], caps[rows], room[rows])
-        log_policy = log_policy.index_copy(0, rows, projected)
-        capped = capped.index_copy(0, rows, bound)
-    return Reshaped(log_policy, capped, changed, feasible)
-
-
-def _fill(log_policy: Tensor, caps: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """The projection of rows with at least one binding cap, and how many bind: `[R, V]` and `[R]`."""
-    tiny = torch.finfo(caps.dtype).tiny
-    log_t = torch.zeros_like(log_policy[:, :1])
-    bound = room < 0
-    while True:
-        free = (1 - caps.masked_fill(~bound, 0).sum(-1, keepdim=True)).clamp_min_(tiny).log_()
-        highest, total = _sum_of(log_policy.masked_fill(bound, -math.inf))
-        step = free - total - highest
-        # with nothing left to raise, t stays
-        log_t = torch.where(step.isfinite(), torch.maximum(step, log_t), log_t)
-        grown = bound | (room < log_t)
-        if torch.equal(grown, bound):
-            break
-        bound = grown
-    # not `log_policy + log_t`, which would lose digits where t is large; with nothing left to raise, total is -inf
-    raised = (log_policy - highest).add_(free - total.masked_fill(total == -math.inf, 0))
-    return torch.where(bound, caps.log(), raised), bound.sum(-1)
-
-
-def _sum_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest entry of each row of logs (0 where all are `-inf`), and the log of the sum relative to it.
-
-    Overwrites its argument, and so needs no other memory of its size.
-    """
-    highest = x.amax(-1, keepdim=True)
-    highest = highest.masked_fill_(highest == -math.inf, 0)
-    return highest, x.sub_(highest).exp_().sum(-1, keepdim=True).log_()
-
-
-def _normalise(x: Tensor) -> Tensor:
-    """`[B, V]` log-probabilities; rows of `-inf` stay so."""
-    return _normalise_(x.clone())[0]
-
-
-def _normalise_(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`_normalise` in place, and the normaliser that was taken away, `[B, 1]`.
-
-    torch's float32 `log_softmax` sums in one go on a CPU: over 150,000 tokens its probabilities miss 1 by 2e-5.
-    """
-    highest = x.amax(-1, keepdim=True)
-    highest = highest.masked_fill_(highest == -math.inf, 0)
-    # not both at once: the highest raw logit may be too large to keep the digits of the sum
-    total = x.sub_(highest).exp().sum(-1, keepdim=True).log_()
-    total.masked_fill_(total == -math.inf, 0)
-    return x.sub_(total), highest + total
+    unread: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +60,15 @@ class Rule:
     """What every rule shares: an optional cap at the end, and the floor of survival.
 
     Attributes:
-        epsilon: margin ε of the cap that follows the rule, from 0 to 1; `None` for no cap.
+        epsilon: margin ε of the cap that follows the rule, from 0 to 1, at most the risk itself; `None` for no cap.
         p_min: smallest survival and smallest cap, in (0, 1).
     """
 
     epsilon: float | None = None
     p_min: float = 1e-7
+
+    removes: ClassVar[bool] = False
+    """Whether it removes tokens."""
 
     def __post_init__(self) -> None:
         if self.epsilon is not None:
@@ -178,24 +91,39 @@ class Rule:
         none = torch.zeros_like(log_policy[:, 0], dtype=torch.int64)
         return Reshaped(log_policy, none, none != 0, none == 0)
 
-    def apply(self, log_policy: Tensor, log_survival: Tensor) -> Reshaped:
-        """The rule and the cap that follows it."""
-        reshaped = self.reshape(log_policy, log_survival)
+    def caps(self, log_survival: Tensor) -> Tensor | None:
+        """The greatest probability of each token, in the shape of `log(1 + Q)`; `None` where the rule caps nothing."""
         if self.epsilon is None:
-            return reshaped
-        caps = log_survival.exp().sub_(self.epsilon).clamp_(self.p_min, 1)
-        capped = project_onto_caps(reshaped.log_policy, caps)
-        return Reshaped(
-            capped.log_policy,
-            reshaped.capped + capped.capped,
-            reshaped.changed | capped.changed,
-            reshaped.feasible & capped.feasible,
-        )
+            return None
+        survival = log_survival.exp()
+        return survival.sub((1 - survival).clamp_max_(self.epsilon)).clamp_(self.p_min, 1)
+
+    def apply(
+        self, log_policy: Tensor, log_survival: Tensor, unread: Tensor | None = None, held: Tensor | None = None
+    ) -> Reshaped:
+        """The rule and the cap that follows it.
+
+        Args:
+            log_policy, log_survival: as in `reshape`.
+            unread: `[B, V]` bool, tokens of unknown risk, whose survival is given as 0: without any other token there
+                is no policy. A rule that removes tokens removes these first, and so does any in a wider policy.
+            held: `[B, V]` bool in a wider policy, the tokens it was widened from; see `project_onto_caps`.
+        """
+        known = None if unread is None else _remove(log_policy, unread)
+        if known is None:
+            reshaped = self.reshape(log_policy, log_survival)
+        elif self.removes or held is not None:
+            reshaped = _both(known, self.reshape(known.log_policy, log_survival))
+        else:
+            reshaped = self.reshape(log_policy, log_survival)
+            reshaped = reshaped._replace(feasible=reshaped.feasible & known.feasible)
+        caps = self.caps(log_survival)
+        return reshaped if caps is None else _both(reshaped, project_onto_caps(reshaped.log_policy, caps, held))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cap(Rule):
-    """The security condition alone: the policy nearest to the base with `π ≤ clip(1 + Q − ε, p_min, 1)`."""
+    """The security condition alone: the policy nearest to the base with `π ≤ clip(1 + Q − min(ε, −Q), p_min, 1)`."""
 
     epsilon: float = 0.1
 
@@ -216,7 +144,7 @@ class Tilt(Rule):
 
     def reshape(self, log_policy: Tensor, log_survival: Tensor) -> Reshaped:
         tilted = log_survival.clamp_min(math.log(self.p_min)).mul_(self.beta).add_(log_policy)
-        tilted, total = _normalise_(tilted)
+        tilted, total = normalise_(tilted)
         changed = total[:, 0] < -1e-6
         if not changed.all():  # nearly nothing is taken away: is it nothing?
             rows = (~changed).nonzero().squeeze(-1)
@@ -234,6 +162,7 @@ class Mask(Rule):
     """
 
     threshold: float = 0.5
+    removes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,6 +187,7 @@ class Advantage(Rule):
     """
 
     tau: float = 0.1
+    removes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -274,24 +204,41 @@ def _remove(log_policy: Tensor, risky: Tensor) -> Reshaped:
     risky = risky & (log_policy > -math.inf)
     kept = log_policy.masked_fill(risky, -math.inf)
     removed = risky.sum(-1)
-    return Reshaped(_normalise(kept), removed, removed > 0, kept.amax(-1) > -math.inf)
+    return Reshaped(normalise(kept), removed, removed > 0, kept.amax(-1) > -math.inf)
 
 
-def rectify(scores: Tensor, log_survival: Tensor, rule: Rule, unwarped: Tensor | None = None) -> Rectified:
+def _both(first: Reshaped, then: Reshaped) -> Reshaped:
+    """Two stages as one."""
+    return Reshaped(
+        then.log_policy, first.capped + then.capped, first.changed | then.changed, first.feasible & then.feasible
+    )
+
+
+def rectify(
+    scores: Tensor, log_survival: Tensor, rule: Rule, unwarped: Tensor | None = None, *, checked: bool = False
+) -> Rectified:
     """Apply a rule to a batch of next-token scores.
 
-    Where the rule is infeasible on the truncated support, the policy is widened to the unwarped one; where that is
-    infeasible too, the state is a dead end, answered by `π ∝ π₀·max(1 + Q, p_min)` over the unwarped policy.
+    Where the rule is infeasible on the truncated support, the policy is widened by no more than needed: the tokens of
+    the support stand at their caps, and what they cannot hold goes to the others, in proportion to the policy before
+    truncation. Where that is infeasible too, the state is a dead end, answered by `π ∝ π₀·max(1 + Q, p_min)` over the
+    policy before truncation.
+
+    It fails closed: a token whose `log(1 + Q)` is no number, or above 0, has the highest risk (`Mask` and `Advantage`
+    remove it), and where that is so of every token, the state is a dead end. Both are told by `unread`. A token that is
+    banned in the scores (see `readable_scores`) has no probability in any answer.
 
     Args:
         scores: `[B, V]` logits or log-probabilities after the sampling warpers, of any floating dtype; computed in
             float32 or better. `-inf` removes a token.
         log_survival: `[B, V]` `log(1 + Q)`, 0 or less; of dead-end values `q` it is `q.log1p()`.
         rule: the rule.
-        unwarped: `[B, V]` scores before the warpers; `None` where nothing was truncated.
+        unwarped: `[B, V]` scores before what truncates them, but at the same temperature; `None` where nothing was
+            truncated.
+        checked: the scores are those of `readable_scores`.
 
     Raises:
-        InvalidArgumentError: the shapes differ, or are not `[B, V]`.
+        InvalidArgumentError: the shapes differ, or are not `[B, V]`, or a row of the scores leaves no token.
 
     Example:
         >>> import torch
@@ -307,71 +254,102 @@ def rectify(scores: Tensor, log_survival: Tensor, rule: Rule, unwarped: Tensor |
             raise InvalidArgumentError(
                 f"{name} has shape {tuple(other.shape)}, scores have {tuple(scores.shape)}: give equal shapes"
             )
-    dtype = torch.promote_types(torch.promote_types(scores.dtype, log_survival.dtype), torch.float32)
-    scores, log_survival = scores.to(dtype), log_survival.to(dtype)
-    log_policy, normaliser = _normalise_(scores.clone())
-    reshaped = rule.apply(log_policy, log_survival)
-    result = _answer(scores, log_policy, normaliser, reshaped)
-    rows = _infeasible(rule, reshaped)
-    if rows is None:
-        return result
-    whole = None if unwarped is None else unwarped[rows].to(dtype)
-    return _replaced(result, rows, _widen(scores[rows], log_survival[rows], rule, whole))
+    given = torch.promote_types(torch.promote_types(scores.dtype, log_survival.dtype), torch.float32)
+    scores, unwarped = _readable(scores, unwarped, checked)
+    dtype = torch.promote_types(scores.dtype, given)
+    scores, unwarped = scores.to(dtype), None if unwarped is None else unwarped.to(dtype)
+    survival, unread = readable_survival(log_survival.to(dtype))
+    result, rows = _first(scores, survival, unread, rule)
+    if rows is not None:
+        risks = survival[rows], None if unread is None else unread[rows]
+        result = _replaced(
+            result, rows, _widen(scores[rows], *risks, rule, None if unwarped is None else unwarped[rows])
+        )
+    return result._replace(scores=result.scores.to(given), moved=result.moved.to(given))
 
 
 def rectify_support(
     scores: Tensor, support: Support, log_survival: Callable[[Tensor | None, Tensor | None], Tensor], rule: Rule,
-    unwarped: Tensor,
+    unwarped: Tensor, *, checked: bool = False,
 ) -> Rectified:  # fmt: skip
     """`rectify` of truncated policies, in which the risk of the tokens that are left is all that is asked for.
 
     Args:
-        scores: `[B, V]` after the warpers, float32 or better.
+        scores: `[B, V]` after the warpers.
         support: of the scores.
         log_survival: `log(1 + Q)`. Of `(None, tokens)`, `[B, K]`, that of these tokens; of `(rows, None)`, `[R]`, that
             of the whole vocabulary in these rows, `[R, V]`, asked for where truncation left no feasible policy.
-        rule, unwarped: as in `rectify`.
+        rule, unwarped, checked: as in `rectify`.
     """
-    left = support.of(scores)
-    log_policy, normaliser = _normalise_(left.clone())
-    survival = log_survival(None, support.tokens).to(left.dtype)
-    reshaped = rule.apply(log_policy, survival.masked_fill(~support.real, 0))
-    result = _answer(left, log_policy, normaliser, reshaped)
+    given = torch.promote_types(scores.dtype, torch.float32)
+    scores, unwarped = _readable(scores, unwarped, checked)
+    left = support.of(scores) if checked else readable_scores(support.of(scores))
+    survival, unread = readable_survival(log_survival(None, support.tokens).to(left.dtype).where(support.real, 0))
+    result, rows = _first(left, survival, unread, rule)
     result = result._replace(scores=support.spread(result.scores, scores.shape[-1]))
-    infeasible = _infeasible(rule, reshaped)
-    if infeasible is None:
-        return result
-    survival = log_survival(infeasible, None).to(left.dtype)
-    return _replaced(result, infeasible, _widen(scores[infeasible], survival, rule, unwarped[infeasible]))
+    if rows is not None:
+        survival, unread = readable_survival(log_survival(rows, None).to(left.dtype))
+        result = _replaced(result, rows, _widen(scores[rows], survival, unread, rule, unwarped[rows]))
+    return result._replace(scores=result.scores.to(given), moved=result.moved.to(given))
 
 
 def rectify_candidates(
-    scores: Tensor, candidates: Support, log_survival: Tensor, rule: Rule, unwarped: Tensor
+    scores: Tensor, candidates: Support, log_survival: Tensor, rule: Rule, unwarped: Tensor, *, checked: bool = False
 ) -> Rectified:
     """`rectify` where only some tokens have a known risk: the others are removed, so that what the rule promises holds.
 
-    A policy that is infeasible on the candidates is widened no further than to their probabilities before the warpers;
-    where that is infeasible too, the answer to a dead end is one of candidates alone.
+    A policy that is infeasible on the candidates is widened to no other token: the answer to a dead end is one of
+    candidates alone.
 
     Args:
-        scores: `[B, V]` after the warpers, float32 or better.
+        scores: `[B, V]` after the warpers.
         candidates: the tokens whose risk is known, at least one in each row.
         log_survival: `[B, K]` `log(1 + Q)` of the candidates.
-        rule: the rule.
-        unwarped: `[B, V]` scores before the warpers.
+        rule, unwarped, checked: as in `rectify`.
 
     Returns:
         Of the whole vocabulary. What is moved is the distance to the policy of all tokens, so the probability of those
         that were removed is part of it.
     """
+    given = torch.promote_types(scores.dtype, torch.float32)
+    scores, unwarped = _readable(scores, unwarped, checked)
     left, whole = candidates.of(scores), candidates.of(unwarped)
-    result = rectify(left, log_survival.masked_fill(~candidates.real, 0), rule, whole)
+    if not checked:
+        left, whole = readable_scores(left), readable_scores(whole)
+    result = rectify(left, log_survival.masked_fill(~candidates.real, 0), rule, whole, checked=True)
     base = left - scores.logsumexp(-1, keepdim=True)
-    overlap = torch.minimum(base, _normalise(result.scores)).exp_().sum(-1)
-    return result._replace(scores=candidates.spread(result.scores, scores.shape[-1]), moved=(1 - overlap).clamp_(0, 1))
+    overlap = torch.minimum(base, normalise(result.scores)).exp_().sum(-1)
+    whole_scores = candidates.spread(result.scores, scores.shape[-1]).to(given)
+    return result._replace(scores=whole_scores, moved=(1 - overlap).clamp_(0, 1).to(given))
 
 
-def _answer(scores: Tensor, log_policy: Tensor, normaliser: Tensor, reshaped: Reshaped) -> Rectified:
+def _readable(scores: Tensor, unwarped: Tensor | None, checked: bool) -> tuple[Tensor, Any]:
+    """Scores after and before the warpers, without the bans of either."""
+    if checked:
+        return scores, unwarped
+    scores = readable_scores(scores)
+    if unwarped is None:
+        return scores, None
+    unwarped = readable_scores(unwarped)
+    if bool((banned := (unwarped == -math.inf) & (scores > -math.inf)).any()):
+        scores = readable_scores(scores.masked_fill(banned, -math.inf))
+    dtype = torch.promote_types(scores.dtype, unwarped.dtype)
+    return scores.to(dtype), unwarped.to(dtype)
+
+
+def _first(scores: Tensor, log_survival: Tensor, unread: Tensor | None, rule: Rule) -> tuple[Rectified, Tensor | None]:
+    """What a rule makes of a policy as it is, and the rows for which it makes none, `[R]`; `None` without any."""
+    log_policy, normaliser = normalise_(scores.clone())
+    reshaped = rule.apply(log_policy, log_survival, unread)
+    result = _answer(scores, log_policy, normaliser, reshaped, unread)
+    if (rule.always_feasible and unread is None) or bool(reshaped.feasible.all()):
+        return result, None
+    return result, (~reshaped.feasible).nonzero().squeeze(-1)
+
+
+def _answer(
+    scores: Tensor, log_policy: Tensor, normaliser: Tensor, reshaped: Reshaped, unread: Tensor | None
+) -> Rectified:
     """What a rule that was feasible made of scores, `log_policy` plus a normaliser. Overwrites the reshaped policy."""
     overlap = log_policy.clamp_max(reshaped.log_policy).exp_().sum(-1)
     # Beam search compares rows, so the normaliser of log-probabilities is kept; that of raw logits is dropped.
@@ -381,28 +359,26 @@ def _answer(scores: Tensor, log_policy: Tensor, normaliser: Tensor, reshaped: Re
         rectified = torch.where(reshaped.changed[:, None], rectified, scores)
     moved = torch.where(reshaped.changed, (1 - overlap).clamp_(0, 1), 0)
     none = torch.zeros_like(reshaped.changed)
-    return Rectified(rectified, reshaped.capped, moved, none, none)
+    unknown = none if unread is None else (unread & (log_policy > -math.inf)).any(-1)
+    return Rectified(rectified, reshaped.capped, moved, none, none, unknown)
 
 
-def _infeasible(rule: Rule, reshaped: Reshaped) -> Tensor | None:
-    """The rows that hold no policy, `[R]`; `None` where there are none."""
-    if rule.always_feasible or bool(reshaped.feasible.all()):
-        return None
-    return (~reshaped.feasible).nonzero().squeeze(-1)
-
-
-def _widen(scores: Tensor, log_survival: Tensor, rule: Rule, unwarped: Tensor | None) -> Rectified:
+def _widen(
+    scores: Tensor, log_survival: Tensor, unread: Tensor | None, rule: Rule, unwarped: Tensor | None
+) -> Rectified:
     """Rows whose truncated policy is infeasible: the rule on the whole policy, or the answer to a dead end."""
-    log_policy, normaliser = _normalise_(scores.clone())
-    log_whole = log_policy if unwarped is None else _normalise(unwarped)
-    whole = rule.apply(log_whole, log_survival)
-    fallback = _normalise(log_survival.clamp_min(math.log(rule.p_min)).add_(log_whole))
+    log_policy, normaliser = normalise_(scores.clone())
+    log_whole = log_policy if unwarped is None else normalise(unwarped)
+    whole = rule.apply(log_whole, log_survival, unread, held=log_policy > -math.inf)
+    fallback = normalise(log_survival.clamp_min(math.log(rule.p_min)).add_(log_whole))
     chosen = whole._replace(
         log_policy=torch.where(whole.feasible[:, None], whole.log_policy, fallback),
         capped=torch.where(whole.feasible, whole.capped, 0),
         changed=torch.ones_like(whole.changed),
     )
-    return _answer(scores, log_policy, normaliser, chosen)._replace(widened=whole.feasible, dead_end=~whole.feasible)
+    result = _answer(scores, log_policy, normaliser, chosen, None)
+    unknown = result.unread if unread is None else (unread & (log_whole > -math.inf)).any(-1)
+    return result._replace(widened=whole.feasible, dead_end=~whole.feasible, unread=unknown)
 
 
 def _replaced(result: Rectified, rows: Tensor, by: Rectified) -> Rectified:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import FloatTensor, LongTensor, Tensor
@@ -113,23 +113,26 @@ class Sampling:
         return cls(**values)
 
     @property
-    def truncates(self) -> bool:
-        """Whether a warper can remove tokens."""
-        return any(not isinstance(warper, TemperatureLogitsWarper) for warper in self.warpers())
-
-    @property
     def least(self) -> int:
         """How many tokens are kept at least."""
         return self.num_ends + 1 if self.num_beams > 1 else 1
 
     def warpers(self, device: Any = "cpu") -> LogitsProcessorList:
         """The warpers in the order of `generate`, as its own classes."""
+        return LogitsProcessorList([*self.scaling(), *self.truncating(device)])
+
+    def scaling(self) -> LogitsProcessorList:
+        """Those that remove no token; `generate` has them first."""
+        if self.do_sample is False or self.temperature in (None, 1.0):
+            return LogitsProcessorList()
+        return LogitsProcessorList([TemperatureLogitsWarper(float(cast(float, self.temperature)))])
+
+    def truncating(self, device: Any = "cpu") -> LogitsProcessorList:
+        """Those that can remove tokens, in the order of `generate`."""
         warpers = LogitsProcessorList()
         if self.do_sample is False:
             return warpers
         keep = self.least
-        if self.temperature not in (None, 1.0):
-            warpers.append(TemperatureLogitsWarper(float(self.temperature)))  # type: ignore[arg-type]
         if self.top_h is not None:
             warpers.append(TopHLogitsWarper(top_h=self.top_h))
         if self.top_k:
@@ -152,10 +155,32 @@ class Sampling:
             return self.generate_kwargs()
         return self.generate_kwargs() | {name: getattr(self, name) for name in _WARPERS}
 
-    def generate_kwargs(self) -> dict[str, Any]:
+    def generate_kwargs(self, **more: Any) -> dict[str, Any]:
         """What to pass to `generate` so that it does not warp a second time.
 
         `None` overrides a model's generation_config, and the library's defaults too.
+
+        Args:
+            **more: further arguments of `generate`.
+
+        Raises:
+            InvalidArgumentError: one of them would have it warp a second time, contradicts the settings here, or leads
+                around the processor.
         """
+        for name in _WARPERS:
+            if more.get(name) is not None:
+                raise InvalidArgumentError(
+                    f"{name} is {more[name]}, and generate would warp after the rule, which undoes it: give {name} to "
+                    "the processor instead"
+                )
+        if self.do_sample is not None and more.get("do_sample", self.do_sample) != self.do_sample:
+            raise InvalidArgumentError(
+                f"do_sample is {more['do_sample']}, and was {self.do_sample} before: give do_sample to the processor "
+                "instead"
+            )
+        if more.get("cache_implementation") == "paged":
+            raise InvalidArgumentError(
+                "cache_implementation is 'paged', which drops the processor (continuous batching): leave it out"
+            )
         chosen = {} if self.do_sample is None else {"do_sample": self.do_sample}
-        return chosen | dict.fromkeys(_WARPERS)
+        return more | chosen | dict.fromkeys(_WARPERS)

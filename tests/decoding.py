@@ -101,10 +101,15 @@ def capped(policy, caps):
     """`min(c, t·π)` with t by bisection; `None` where no policy is under the caps."""
     if caps[policy > 0].sum() < 1:
         return None
+    return raised(policy, caps, 1.0)
+
+
+def raised(policy, caps, mass):
+    """`min(c, t·π)` of a mass."""
     low, high = 0.0, 1e12
     for _ in range(300):
         middle = (low + high) / 2
-        low, high = (middle, high) if torch.minimum(caps, middle * policy).sum() < 1 else (low, middle)
+        low, high = (middle, high) if torch.minimum(caps, middle * policy).sum() < mass else (low, middle)
     return torch.minimum(caps, high * policy)
 
 
@@ -113,9 +118,16 @@ def expected_policy(logits, log_survival, rule, **sampling):
     if isinstance(rule, Tilt):
         tilted = policy * survival.clamp(rule.p_min, 1) ** rule.beta
         return tilted / tilted.sum()
-    caps = (survival - rule.epsilon).clamp(rule.p_min, 1)
-    unwarped = logits.double().softmax(-1)
-    for candidate in (capped(policy, caps), capped(unwarped, caps)):
-        if candidate is not None:
-            return candidate
-    return unwarped * survival / (unwarped * survival).sum()
+    caps = caps_under(survival, rule)
+    if (found := capped(policy, caps)) is not None:
+        return found
+    # what truncation left stands at its caps, and the other tokens share the rest
+    untruncated, left = warped(logits, sampling.get("temperature", 1.0)), policy > 0
+    if caps[untruncated > 0].sum() < 1:
+        return untruncated * survival / (untruncated * survival).sum()
+    return torch.where(left, caps, raised(untruncated.masked_fill(left, 0), caps, 1 - caps[left].sum()))
+
+
+def caps_under(survival, rule):
+    """The margin is never larger than the risk."""
+    return (survival - (1 - survival).clamp_max(rule.epsilon)).clamp(rule.p_min, 1)

@@ -1,17 +1,16 @@
-"""The rules against an independent float64 reference, their limits, their statistics and their errors.
+"""What the tests of the rules share: drawn policies and risks, and how a rule is compared with the reference.
 
-The reference solves the cap by one sort of the ratios c/π₀, where the package grows the set of binding caps. Drawn
-scores and risks lie on a grid and the thresholds between its points, so that float32 and float64 decide alike.
+Drawn scores and risks lie on a grid and the thresholds between its points, so that float32 and float64 decide alike.
 """
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from rectify.evaluation.rule_reference import caps_of, specified
 from rectify.rule import Advantage, Cap, Mask, Tilt, rectify
 
 INF = math.inf
@@ -28,92 +27,6 @@ def examples(count):
     return settings(max_examples=count, derandomize=True, deadline=None, suppress_health_check=suppressed)
 
 
-# --- the reference, one row at a time in float64
-
-
-def log_normalised(scores):
-    scores = np.asarray(scores, dtype=np.float64)
-    return scores - np.logaddexp.reduce(scores)
-
-
-def waterfill(log_p, caps):
-    """`min(c, t·p)` and `log t`, by one sort of the ratios c/p; `None` where the caps over the support miss 1."""
-    support = np.flatnonzero(log_p > -INF)
-    if caps[support].sum() < 1 - 1e-9:
-        return None
-    ratio = np.log(caps[support]) - log_p[support]
-    order = support[np.argsort(ratio, kind="stable")]
-    ratio = np.sort(ratio, kind="stable")
-    log_rest = np.logaddexp.accumulate(log_p[order][::-1])[::-1]
-    free = 1 - np.concatenate([[0], np.cumsum(caps[order])[:-1]])
-    log_t = np.log(np.maximum(free, 1e-300)) - log_rest
-    reached = np.flatnonzero(log_t <= ratio)
-    best = log_t[reached[0]] if reached.size else ratio[-1]
-    return np.exp(np.minimum(np.log(caps), log_p + best)), best
-
-
-def survivals(q, p_min=1e-7):
-    return np.clip(1 + q, p_min, 1)
-
-
-def risky_tokens(rule, log_p, q):
-    """What `Mask` and `Advantage` remove from the support."""
-    support = log_p > -INF
-    if isinstance(rule, Mask):
-        return support & (1 + q < rule.threshold)
-    if isinstance(rule, Advantage):
-        value = (np.exp(log_p) * q).sum()
-        return support & (q - value < -rule.tau) & (q < q[support].max())
-    return np.zeros_like(support)
-
-
-def reshaped(rule, log_p, q):
-    """The log policy before the cap and how many tokens went; `None` where none is left."""
-    if isinstance(rule, Tilt):
-        return log_normalised(log_p + rule.beta * np.log(survivals(q, rule.p_min))), 0
-    risky = risky_tokens(rule, log_p, q)
-    kept = np.where(risky, -INF, log_p)
-    return None if np.isneginf(kept).all() else (log_normalised(kept), risky.sum())
-
-
-def followed(rule, log_p, q):
-    """The rule and its cap: the policy and the least and the most tokens held (ties may fall either way)."""
-    first = reshaped(rule, log_p, q)
-    if first is None or rule.epsilon is None:
-        return first and (np.exp(first[0]), first[1], first[1])
-    log_p, removed = first
-    caps = np.clip(1 + q - rule.epsilon, rule.p_min, 1)
-    filled = waterfill(log_p, caps)
-    if filled is None:
-        return None
-    policy, log_t = filled
-    over = log_p + log_t - np.log(caps)
-    return policy, removed + (over > 1e-4).sum(), removed + (over > -1e-4).sum()
-
-
-def specified(rule, scores, q, unwarped=None):
-    """Policy, least and most tokens held, moved, widened, dead end: what the specification asks of one row."""
-    log_p = log_normalised(scores)
-    whole = log_p if unwarped is None else log_normalised(unwarped)
-    found = followed(rule, log_p, q)
-    widened = found is None and (found := followed(rule, whole, q)) is not None
-    dead_end = found is None
-    if dead_end:
-        found = np.exp(log_normalised(whole + np.log(survivals(q, rule.p_min)))), 0, 0
-    policy, least, most = found
-    return policy, least, most, np.abs(np.exp(log_p) - policy).sum() / 2, widened, dead_end
-
-
-def clear_of_thresholds(rule, log_p, q, margin):
-    """Whether rounding cannot change what `Advantage` removes."""
-    if not isinstance(rule, Advantage):
-        return True
-    support = log_p > -INF
-    value = (np.exp(log_p) * q).sum()
-    gap = np.abs(q - value + rule.tau)[support & (q < q[support].max())]
-    return gap.size == 0 or gap.min() > margin
-
-
 # --- drawing
 
 
@@ -127,7 +40,7 @@ def at_risk(scores, q, rule, unwarped=None):
 
 
 def cap_of(q, epsilon, p_min=1e-7):
-    return (1 + q.double() - epsilon).clamp(p_min, 1)
+    return torch.from_numpy(caps_of(q.double().numpy(), epsilon, p_min))
 
 
 def risk_scores(shape, seed, spread=3.0, dtype=torch.float64):

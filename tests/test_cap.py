@@ -19,17 +19,14 @@ from rule_reference import (
     cap_of,
     caps_alone,
     cast,
-    clear_of_thresholds,
     dtypes,
     epsilons,
     examples,
-    log_normalised,
     policy_of,
     risk_scores,
-    specified,
-    waterfill,
 )
 
+from rectify.evaluation.rule_reference import clear_of_thresholds, log_normalised, specified, waterfill
 from rectify.rule import Advantage, Cap, Mask, Tilt, project_onto_caps
 
 # --- the cap
@@ -127,12 +124,10 @@ def test_cap_holds_for_extreme_ratios(gap, dtype):
 
 
 @both_dtypes
-@pytest.mark.parametrize("ban", [-1e4, -1e9, None])
-def test_cap_over_a_token_that_a_finite_number_bans(ban, dtype):
-    ban = torch.finfo(dtype).min if ban is None else ban
-    scores = torch.tensor([[math.log(0.9), math.log(0.1), ban]], dtype=dtype)
+def test_cap_over_a_token_that_is_very_unlikely(dtype):
+    scores = torch.tensor([[math.log(0.9), math.log(0.1), -1e4]], dtype=dtype)
     result = at_risk(scores, torch.tensor([[-0.7, -0.7, 0.0]], dtype=dtype), Cap(epsilon=0.0))
-    # a finite score is in the support, and the only token with room
+    # it is in the support, and the only token with room
     assert policy_of(result)[0].tolist() == pytest.approx([0.3, 0.3, 0.4], abs=1e-5)
 
 

@@ -10,16 +10,15 @@ from rule_reference import (
     at_risk,
     batches,
     both_dtypes,
-    clear_of_thresholds,
     dtypes,
     every_rule,
     examples,
-    log_normalised,
     policy_of,
     risk_scores,
     rules,
 )
 
+from rectify.evaluation.rule_reference import clear_of_thresholds, log_normalised
 from rectify.rule import Cap, Mask, Rectified, rectify
 
 

@@ -13,6 +13,7 @@ from decoding import (
     VOCABULARY,
     Compared,
     assistant_of,
+    caps_under,
     decode,
     expected_policy,
     log_survival_of,
@@ -289,7 +290,7 @@ def test_what_is_sampled(make_model, q_network, rule, sampling, source):
             policy = scores[row].double().softmax(-1)
             assert torch.allclose(policy, expected_policy(logits[at], log_survival[at], rule, **sampling), atol=1e-5)
             if isinstance(rule, Cap):
-                caps = (log_survival[at].double().exp() - rule.epsilon).clamp(1e-7, 1)
+                caps = caps_under(log_survival[at].double().exp(), rule)
                 caps_hold += (policy <= caps + 1e-5).all().item()
     if isinstance(rule, Cap):
         assert caps_hold == 12 - processor.statistics().dead_ends

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from causal_classifiers import toxicity_of
-from decoding import assistant_of, capped, decode, log_survival_of, new_tokens, padded, prompts, warped
+from decoding import assistant_of, capped, caps_under, decode, log_survival_of, new_tokens, padded, prompts, warped
 from prompt_records import run_settings
 
 from rectify import (
@@ -27,7 +27,14 @@ from rectify.q_network import token_risks
 
 ROWS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16], [17]]
 SAMPLING = {"temperature": 0.8, "top_p": 0.9}
-RULES = [Tilt(beta=3.0), Tilt(beta=2.0, epsilon=0.2), Cap(epsilon=0.1), Cap(epsilon=0.9), Mask(threshold=0.45)]
+RULES = [
+    Tilt(beta=3.0),
+    Tilt(beta=2.0, epsilon=0.2),
+    Cap(epsilon=0.1),
+    Cap(epsilon=0.9),
+    Mask(threshold=0.45),
+    Mask(threshold=0.9),
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,7 @@ def reference(logits, text, classifier, network, rule, combination, candidates=0
 
     Survival is NaN and the policy 0 where a token is no candidate.
     """
-    base, unwarped = warped(logits, **sampling), logits.double().softmax(-1)
+    base, unwarped = warped(logits, **sampling), warped(logits, sampling.get("temperature", 1.0))
     ordered = base.argsort(descending=True)
     chosen = ordered[:k] if k else ordered[: max(1, int((base >= candidates).sum()))]
     chosen = chosen[base[chosen] > 0]
@@ -90,7 +97,7 @@ def reference(logits, text, classifier, network, rule, combination, candidates=0
         policy = policy * (survival >= rule.threshold)
         dead_end = not policy.sum() > 0
     if rule.epsilon is not None:
-        found = capped(policy, (survival - rule.epsilon).clamp(rule.p_min, 1))
+        found = capped(policy, caps_under(survival, rule))
         dead_end, policy = found is None, found
     if dead_end:
         policy = unwarped[chosen] * survival
@@ -114,7 +121,7 @@ def test_the_policy_is_the_rules_on_the_candidates(lm, classifier, network, make
         assert torch.allclose(policy, expected[1], rtol=0, atol=1e-4)
         assert (policy[expected[2].isnan()] == 0).all()
         if rule.epsilon is not None and not expected[3]:
-            caps = (expected[2] - rule.epsilon).clamp(rule.p_min, 1)
+            caps = caps_under(expected[2], rule)
             assert (policy <= caps.nan_to_num(0) * (1 + 1e-4) + 1e-6).all()
         moved += float((expected[0] - expected[1]).abs().sum() / 2)
         dead_ends += expected[3]
@@ -151,7 +158,7 @@ def test_a_dead_end_is_answered_within_the_candidates(lm, make, with_values):
     assert processor.statistics().dead_ends == len(ROWS)
 
 
-def test_what_warping_made_infeasible_is_widened_on_the_same_candidates(make, monkeypatch):
+def test_what_the_temperature_made_infeasible_stays_at_that_temperature(make, monkeypatch):
     scores = torch.full((1, 97), -30.0)
     scores[0, :3] = torch.tensor([0.34, 0.33, 0.33]).log()
     survival = torch.tensor([[0.9, 0.5, 0.5]])
@@ -159,8 +166,9 @@ def test_what_warping_made_infeasible_is_widened_on_the_same_candidates(make, mo
     # the low temperature has the first token stand for the state, and leaves it alone below its cap
     processor = make(None, Advantage(tau=0.2, epsilon=0.0), temperature=0.01)
     policy = processor(prompts(1), scores).softmax(-1)[0]
-    assert policy[:3].tolist() == pytest.approx([0.34, 0.33, 0.33], abs=1e-4)
-    assert (processor.statistics().widened, processor.statistics().dead_ends) == (1, 0)
+    odds = 0.9 / 0.5 * (0.34 / 0.33) ** 100
+    assert policy[:3].tolist() == pytest.approx([odds / (odds + 2), 1 / (odds + 2), 1 / (odds + 2)], abs=1e-4)
+    assert (processor.statistics().widened, processor.statistics().dead_ends) == (0, 1)
 
 
 # --- decoding

@@ -18,20 +18,18 @@ from rule_reference import (
     both_dtypes,
     cap_of,
     cast,
-    clear_of_thresholds,
     dtypes,
     every_rule,
     examples,
-    log_normalised,
     masks,
     policy_of,
     risk_scores,
     rules,
     tilts,
-    waterfill,
 )
 
 from rectify.errors import InvalidArgumentError, RectifyError
+from rectify.evaluation.rule_reference import clear_of_thresholds, log_normalised, waterfill
 from rectify.rule import Advantage, Cap, Mask, Tilt, make_rule, rectify
 
 # --- what a rule leaves alone

@@ -73,7 +73,7 @@ def test_decoding_is_rectified_by_the_table(model, rule):
     ids, mask = padded([[5, 6, 7, 8], [9]], 0)
     processor = RectificationProcessor(static, rule, model=model, do_sample=True, top_p=0.9, attention_mask=mask)
     scores = torch.randn(2, V)
-    warped = processor._warpers(ids, scores.clone())
+    warped = processor.sampling.warpers()(ids, scores.clone())
     expected = rectify(warped, static.risk.neg().log1p().expand(2, -1), rule, unwarped=scores).scores
     assert torch.allclose(processor(ids, scores.clone()).softmax(-1), expected.softmax(-1), atol=1e-6)
     # a text decoded alone and in a batch

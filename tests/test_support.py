@@ -14,9 +14,10 @@ RULES = [
     Tilt(beta=4.5),
     Tilt(beta=4.5, epsilon=0.05),
     Cap(epsilon=0.1),
-    Cap(epsilon=0.9),  # dead ends
+    Cap(epsilon=0.9),
     Mask(threshold=0.4),
     Mask(threshold=0.97),
+    Mask(threshold=0.9999),  # dead ends
     Advantage(tau=0.05),
 ]
 

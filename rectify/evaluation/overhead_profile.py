@@ -76,7 +76,7 @@ def _watched_calls(processor: RectificationProcessor) -> list[tuple[str, Any, st
         ("trunk", network, "encode"),
         ("states", q.memo, "last_hidden"),  # the memo around the trunk, or the tap instead of it
         ("head", network.head, "log_survival"),
-        ("warpers", processor, "_warpers"),
+        ("warpers", processor, "_warped"),
         ("support", processor_module, "support_of"),
         ("rule", processor_module, "rectify"),
         ("rule", processor_module, "rectify_support"),

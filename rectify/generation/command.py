@@ -268,6 +268,7 @@ def _summary(statistics: Statistics) -> str:
         f"{statistics.moved / max(1, statistics.decisions):.3f} of the probability moved on average, "
         f"{statistics.capped} tokens capped or removed, "
         f"{statistics.widened} widenings, {statistics.dead_ends} dead ends"
+        + (f", {statistics.unread} with risks that are no numbers" if statistics.unread else "")
     )
 
 

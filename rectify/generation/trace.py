@@ -59,7 +59,7 @@ class TokenTrace(Candidate):
         base_choice: what the model alone would have chosen here, from the same prefix and with the same noise; `None`
             where it is the same token.
         moved: total variation distance of the method's distribution to the model's own, from 0 to 1.
-        widened: the tokens that truncation left were infeasible, and the rule took the whole distribution.
+        widened: the tokens that truncation left were infeasible, and the rule let others in.
         dead_end: no distribution is feasible, and no cap was kept.
     """
 
@@ -219,18 +219,17 @@ class _Replay(LogitsProcessor):
         # where both choose alike nothing was changed, also if rounding has them choose another token than before
         ids = torch.stack((generated, torch.where(by_base == by_method, generated, by_base)), -1)
         before, after = (each.cpu().double().softmax(-1) for each in (base, policy))
-        survival = cap = None
+        risk = cap = None
         if risk_model is not None:
-            survival = risk_model.log_survival_of(input_ids, scores, ids.to(input_ids.device)).cpu().double().exp()
-            if (margin := risk_model.rule.epsilon) is not None:
-                cap = (survival - margin).clamp(risk_model.rule.p_min, 1)
+            survival = risk_model.log_survival_of(input_ids, scores, ids.to(input_ids.device)).cpu().double()
+            risk, cap = 1 - survival.exp(), risk_model.rule.caps(survival)
         no = torch.zeros(len(ids), dtype=torch.bool)
         self.steps.append(
             _Step(
                 ids.cpu(),
                 before.gather(-1, ids.cpu()),
                 after.gather(-1, ids.cpu()),
-                None if survival is None else 1 - survival,
+                risk,
                 cap,
                 (before - after).abs().sum(-1) / 2,
                 no if result is None else result.widened.cpu(),
