@@ -70,7 +70,7 @@ def test_bad_records_are_named(tmp_path, bad, said):
 
 def test_a_data_set_of_the_hub_needs_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(RectifyError, match=r"no file here, .* pip install datasets"):
+    with pytest.raises(RectifyError, match=r"is no file here, .*datasets is not installed: pip install 'rectify-lm\[datasets\]'"):
         read_judged_pairs(["PKU-Alignment/BeaverTails:30k_train"])
     with pytest.raises(TrajectoryError, match="cannot be read"):
         read_judged_pairs(["nowhere.jsonl"])
