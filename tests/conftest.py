@@ -63,6 +63,14 @@ def build_tokenizer(words=97, pad="t0", eos="t2", rename=()):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t1", eos_token=eos, pad_token=pad)
 
 
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none; CI lets no other skip pass."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(scope="session")
 def make_model():
     """`make_model(kind, seed, **changes of the configuration)`: a causal model of random weights."""

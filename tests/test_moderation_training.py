@@ -12,7 +12,7 @@ from moderation_records import record, votes, write_backbone, write_lines
 from rectify import InvalidArgumentError
 from rectify.cli import main
 from rectify.detectors.moderation import CATEGORIES, QAModeration
-from rectify.errors import RectifyError, TrajectoryError
+from rectify.errors import MissingExtraError, TrajectoryError
 from rectify.evaluation.moderation import tuned_thresholds
 from rectify.evaluation.preference_pairs import preference_records
 from rectify.training.moderation import (
@@ -70,7 +70,7 @@ def test_bad_records_are_named(tmp_path, bad, said):
 
 def test_a_data_set_of_the_hub_needs_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(RectifyError, match=r"no file here, .* pip install datasets"):
+    with pytest.raises(MissingExtraError, match=r"is no file here, .*pip install 'rectify-lm\[datasets\]'"):
         read_judged_pairs(["PKU-Alignment/BeaverTails:30k_train"])
     with pytest.raises(TrajectoryError, match="cannot be read"):
         read_judged_pairs(["nowhere.jsonl"])

@@ -210,3 +210,28 @@ def test_what_asks_for_an_extra_by_an_option_is_named(capsys, tmp_path, nothing_
     assert "pip install 'rectify-lm[detoxify]'" in err
     with pytest.raises(rectify.MissingExtraError, match=r"plot is 'a.png', and matplotlib .*rectify-lm\[plots\]"):
         check_plot("a.png")
+
+
+def pins(name, form):
+    found = re.findall(form, (ROOT / name).read_text(), re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in found}
+
+
+def test_the_lock_files_are_the_pins_with_hashes():
+    pinned = pins("constraints.txt", r"^([\w.-]+)==(\S+)$")
+    locked = {}
+    for name in ("requirements.lock", "requirements-torch.lock"):
+        text = (ROOT / name).read_text()
+        entries = re.split(r"\n(?=\S)", text.strip())
+        entry = re.compile(r"[\w.-]+==\S+( ;[^\\]*)? \\\n( +--hash=sha256:[0-9a-f]{64}( \\)?\n?)+")
+        assert all(entry.fullmatch(each) for each in entries)
+        locked |= pins(name, r"^([\w.-]+)==(\S+)")
+    assert {name: locked[name] for name in pinned.keys() & locked.keys()} == {
+        name: pinned[name] for name in pinned.keys() & locked.keys()
+    }
+    for extra in ("train", "plots", "serve", "quant"):
+        wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"][extra]
+        for each in wanted:
+            name = re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", each)[0]).lower()
+            assert name in locked, f"{each} is not in the lock files: run .ci/lock"
+            assert name in pinned, f"{each} is not in constraints.txt"

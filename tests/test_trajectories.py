@@ -328,8 +328,7 @@ def command(capsys, monkeypatch, tmp_path):
             return np.array([len(text) % 10 / 10 for text in texts], dtype=np.float32)
 
     module.ToxicityClassifier = ToxicityClassifier
-    for name in ("rectify.detectors", "rectify.detectors.classifier"):
-        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     texts = tmp_path / "texts.csv"
     texts.write_text("text,label\nYou are such a,1\nThe weather in May,0\nNobody likes the rain,0.2\n")
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from rectify.builders.settings import TrajectorySettings
 from rectify.errors import InvalidArgumentError
 from rectify.json_files import write_records
+from rectify.splits import together
 
 TRAIN, VALIDATION = "train.jsonl", "validation.jsonl"
 TOXIC = 0.5
@@ -144,7 +145,9 @@ def write_split(
         validation_share: the share of prompts or texts for validation, from 0 up to 1.
         counts: gets how many records each file holds.
     """
-    placed = sorted(((_chance("split", key), record) for key, record in records), key=lambda item: item[0])
+    records = list(records)
+    key_of = together([key for key, _ in records])
+    placed = sorted(((_chance("split", key_of[key]), record) for key, record in records), key=lambda item: item[0])
     held = [record for place, record in placed if place < validation_share]
     train = [record for place, record in placed if place >= validation_share]
     counts.train, counts.validation = len(train), len(held)

@@ -9,6 +9,7 @@ from typing import Any
 
 from rectify.detectors.templates import TEXT, Template
 from rectify.errors import InvalidArgumentError, TrajectoryError
+from rectify.splits import alike
 from rectify.text_files import check_unicode, named_rows, read_rows
 
 ALPACA = ("instruction", "output")
@@ -168,9 +169,9 @@ def asked_otherwise(rows: Iterable[InstructionRow], template: Template) -> int:
 
 
 def without_texts_of(rows: Sequence[InstructionRow], others: Sequence[InstructionRow]) -> list[InstructionRow]:
-    """The rows whose text none of the others has."""
-    taken = {row.text.strip() for row in others}
-    return [row for row in rows if row.text.strip() not in taken]
+    """The rows whose text none of the others has, but for spaces and capitals."""
+    taken = {alike(row.text) for row in others}
+    return [row for row in rows if alike(row.text) not in taken]
 
 
 def fields_of(row: Mapping[str, Any], template: Template) -> dict[str, str]:

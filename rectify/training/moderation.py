@@ -14,7 +14,7 @@ from rectify.detectors.moderation import CATEGORIES, TUNED, Pair, QAModeration, 
 from rectify.errors import TrajectoryError, first_line
 from rectify.evaluation.moderation import flagged_figures, moderation_figures, tuned_thresholds
 from rectify.extras import need_extra
-from rectify.splits import split_by_hash
+from rectify.splits import alike, split_by_hash
 from rectify.text_files import check_unicode, read_rows
 from rectify.training.detector import DetectorSettings, train_detector
 
@@ -131,7 +131,7 @@ def _records(spec: str) -> Iterator[tuple[str, Any]]:
         yield from read_rows(Path(spec))
         return
     name, _, split = spec.partition(":")
-    need_extra("datasets", f"{spec!r} is no file here but, it seems, a data set of the Hub")
+    need_extra("datasets", f"{spec!r} is no file here, but may be a data set of the Hub")
     import datasets
 
     try:
@@ -170,7 +170,7 @@ def _judged(record: Any, place: str) -> tuple[Pair, dict[str, float]]:
 def prompt_key(pair: tuple[str, str]) -> str:
     """The question without regard to spaces and capitals; the answer where there is no question."""
     question, answer = pair
-    return " ".join((question.strip() or answer).split()).casefold()
+    return alike(question.strip() or answer)
 
 
 def split_by_prompt(rows: Sequence[JudgedPair], share: float) -> tuple[list[JudgedPair], list[JudgedPair]]:

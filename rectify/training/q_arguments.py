@@ -42,7 +42,11 @@ class DataArguments:
     )
     validation_file: list[str] = field(default_factory=list, metadata={"help": "the same, for evaluation"})
     validation_split_percentage: float = field(
-        default=5, metadata={"help": "share of train_file for evaluation (by the hash of the prompt) without the above"}
+        default=5,
+        metadata={
+            "help": "share of train_file for evaluation without the above, by the hash of the prompt, or of a text's "
+            "first words"
+        },
     )
     block_size: int = field(default=1024, metadata={"help": "longest trajectory in tokens; the rest is cut off"})
     append_eos: bool = field(

@@ -25,7 +25,7 @@ from rectify.json_files import write_json
 from rectify.pretrained import read_model, read_tokenizer, refusing_unusable
 from rectify.q_network import CONFIG_FILE, DeadEndQNetwork
 from rectify.quiet_peft import LoraConfig
-from rectify.splits import split_by_hash
+from rectify.splits import first_words, split_by_hash
 from rectify.static_risk import StaticTokenRisk
 from rectify.training.hidden_states import CachedStates
 from rectify.training.plots import plot_training
@@ -145,12 +145,16 @@ def _digests(data: DataArguments) -> list[str]:
 
 
 def _splits(data: DataArguments) -> tuple[list[Trajectory], list[Trajectory]]:
-    """Training and validation trajectories; those of one prompt stay together."""
+    """Training and validation trajectories; those of one prompt stay together, also where only whole texts are told."""
     everything = read_trajectories(data.train_file)
     if data.validation_file:
         return everything, read_trajectories(data.validation_file)
     share = data.validation_split_percentage / 100
-    return split_by_hash(everything, share, lambda trajectory: trajectory.prompt or trajectory.continuation)
+    beginnings = iter(first_words([one.continuation for one in everything if not one.prompt]))
+    keys = [one.prompt or next(beginnings) for one in everything]
+    parts = split_by_hash(range(len(everything)), share, keys.__getitem__)
+    train, validation = ([everything[place] for place in part] for part in parts)
+    return train, validation
 
 
 def _load_trunk(model: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
