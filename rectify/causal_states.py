@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from rectify.errors import InvalidArgumentError
+from rectify.growing_cache import growing_cache
 from rectify.packed_attention import Packing, can_pack, packed
 from rectify.prefix_memo import MASKED, PrefixMemo
-from rectify.trunk_states import hidden_states, takes_positions
+from rectify.trunk_probe import abilities_of, close_for, gap, probe_texts, undisturbed
+from rectify.trunk_states import Abilities, hidden_states, takes_positions, text_states
 
 _SAME = 0.01  # of the largest state: what two runs of the same weights may differ by
 
@@ -29,19 +31,51 @@ class CausalStates:
     def __init__(self, trunk: PreTrainedModel) -> None:
         self.trunk = trunk
         self.config: Any = trunk.config.get_text_config()
-        self.recurrent: bool = getattr(trunk, "_is_stateful", False)
-        """Whether the trunk keeps recurrent states, which cannot be cropped to a shorter prefix."""
         self._takes_positions = takes_positions(trunk)
+        self._branches: tuple[object, bool] | None = None
+
+    @property
+    def abilities(self) -> Abilities:
+        """What the trunk was seen to do; raises `InvalidArgumentError` where it is not causal."""
+        return abilities_of(self.trunk)
 
     @property
     def branches(self) -> bool:
-        """Whether `encode_branches` may be called: every layer's attention reaches the whole text, and takes a mask."""
-        layers = set(getattr(self.config, "layer_types", None) or ["full_attention"])
-        bounded = getattr(self.config, "sliding_window", None) is not None and not hasattr(self.config, "layer_types")
-        odd = any(getattr(self.config, name, None) for name in ("alibi", "attention_layers"))  # Falcon's, GPT-Neo's
-        masked = self.config._attn_implementation in ("eager", "sdpa")
-        whole = layers == {"full_attention"} and not bounded and not odd
-        return whole and masked and self._takes_positions and not self.recurrent
+        """Whether `encode_branches` gives the states that the texts have alone; tried on a few tokens."""
+        attention = self.trunk.config._attn_implementation
+        if self._branches is None or self._branches[0] != attention:
+            # windows are longer than a trial
+            layers = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+            bounded = getattr(self.config, "sliding_window", None) and not hasattr(self.config, "layer_types")
+            odd = any(getattr(self.config, name, None) for name in ("alibi", "attention_layers"))  # Falcon's, GPT-Neo's
+            masked = attention in ("eager", "sdpa") and layers == {"full_attention"} and not bounded and not odd
+            may = masked and self._takes_positions and self.abilities.caches
+            self._branches = attention, may and self._branches_well()
+        return self._branches[1]
+
+    def _branches_well(self) -> bool:
+        """Whether next tokens side by side, not all of which are asked for, have the states of whole texts."""
+        with undisturbed(self.trunk):
+            first, second = probe_texts(self.trunk, 9, 5)
+            ids, tokens = first[:5].repeat(2, 1), torch.stack((first[5:8], second[5:8]))
+            mask, real = torch.ones_like(ids), torch.ones_like(tokens, dtype=torch.bool)
+            real[1, 1] = False
+            if self.abilities.pads:
+                ids[1, 0] = mask[1, 0] = 0
+            apart = torch.eye(3, dtype=torch.bool, device=ids.device).repeat(2, 1, 1)
+            seen = torch.cat((mask.bool()[:, None].expand(-1, 3, -1), apart), -1)[:, None]
+            try:
+                cache = growing_cache()
+                self.encode(ids, mask if self.abilities.pads else None, cache)
+                found = self.encode_branches(tokens, seen, mask.sum(-1, keepdim=True).expand(-1, 3), cache, real)
+                texts = [
+                    torch.cat((row[kept.bool()].expand(3, -1), of_row[:, None]), 1)
+                    for row, kept, of_row in zip(ids, mask, tokens, strict=True)
+                ]
+                whole = torch.stack([self.encode(of_row)[:, -1] for of_row in texts])
+            except Exception:  # a model may fail in any way at what it was not made for, and then it is not asked to
+                return False
+            return gap(found[real][None], whole[real][None]) <= close_for(whole.dtype)
 
     @property
     def context(self) -> int | None:
@@ -70,8 +104,10 @@ class CausalStates:
                 )
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Hidden states of the last positions, `[B, T, hidden_size]`; see `hidden_states`."""
-        return hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
+        """Hidden states of the last positions, `[B, T, hidden_size]`; see `hidden_states` and `text_states`."""
+        if cache is not None:
+            return hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
+        return text_states(self.trunk, input_ids, attention_mask, self.abilities, self._takes_positions)
 
     def encode_branches(self, tokens: Tensor, seen: Tensor, positions: Tensor, cache: Cache, real: Tensor) -> Tensor:
         """The states after several next tokens of each prefix; see `BranchingModel.encode_branches`."""

@@ -21,6 +21,7 @@ from transformers import Cache
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.hub import checkpoint_folder
 from rectify.padding import follows
+from rectify.trunk_states import Abilities
 from rectify.vocabulary import Fingerprint
 
 CONFIG_FILE, TABLE_FILE = "static_risk.json", "static_risk.safetensors"
@@ -80,7 +81,7 @@ class StaticTokenRisk(nn.Module):
         InvalidArgumentError: the risks are out of range, or not `vocab_size` many.
     """
 
-    recurrent = True
+    abilities = Abilities()
     """There are no states to keep, so none are reused."""
     context = None
     """A table has no longest prefix."""
