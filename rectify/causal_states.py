@@ -66,13 +66,14 @@ class CausalStates:
             seen = torch.cat((mask.bool()[:, None].expand(-1, 3, -1), apart), -1)[:, None]
             try:
                 cache = growing_cache()
-                self.encode(ids, mask if self.abilities.pads else None, cache)
-                found = self.encode_branches(tokens, seen, mask.sum(-1, keepdim=True).expand(-1, 3), cache, real)
-                texts = [
-                    torch.cat((row[kept.bool()].expand(3, -1), of_row[:, None]), 1)
-                    for row, kept, of_row in zip(ids, mask, tokens, strict=True)
-                ]
-                whole = torch.stack([self.encode(of_row)[:, -1] for of_row in texts])
+                self._run(ids, mask if self.abilities.pads else None, cache)
+                found = self._run_branches(tokens, seen, mask.sum(-1, keepdim=True).expand(-1, 3), cache, real)
+                whole = torch.stack(
+                    [
+                        self._run(torch.cat((row[kept.bool()].expand(3, -1), of_row[:, None]), 1))[:, -1]
+                        for row, kept, of_row in zip(ids, mask, tokens, strict=True)
+                    ]
+                )
             except Exception:  # a model may fail in any way at what it was not made for, and then it is not asked to
                 return False
             return gap(found[real][None], whole[real][None]) <= close_for(whole.dtype)
@@ -106,11 +107,17 @@ class CausalStates:
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Hidden states of the last positions, `[B, T, hidden_size]`; see `hidden_states` and `text_states`."""
         if cache is not None:
-            return hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
+            return self._run(input_ids, attention_mask, cache)
         return text_states(self.trunk, input_ids, attention_mask, self.abilities, self._takes_positions)
 
     def encode_branches(self, tokens: Tensor, seen: Tensor, positions: Tensor, cache: Cache, real: Tensor) -> Tensor:
         """The states after several next tokens of each prefix; see `BranchingModel.encode_branches`."""
+        return self._run_branches(tokens, seen, positions, cache, real)
+
+    def _run(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        return hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
+
+    def _run_branches(self, tokens: Tensor, seen: Tensor, positions: Tensor, cache: Cache, real: Tensor) -> Tensor:
         unseen = torch.finfo(self.trunk.dtype).min
         mask = torch.zeros(seen.shape, dtype=self.trunk.dtype, device=seen.device).masked_fill(~seen, unseen)
         # an accelerator's step waits for its memory, and computes the padding meanwhile
