@@ -5,6 +5,7 @@ Methods run it beside the model that generates: an expert, a classifier's backbo
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,8 @@ from rectify.trunk_states import Abilities, hidden_states, takes_positions, text
 
 _SAME = 0.01  # of the largest state: what two runs of the same weights may differ by
 
+_branches: weakref.WeakKeyDictionary[nn.Module, tuple[object, bool]] = weakref.WeakKeyDictionary()
+
 
 class CausalStates:
     """A causal trunk in the form that `PrefixMemo` runs.
@@ -32,7 +35,6 @@ class CausalStates:
         self.trunk = trunk
         self.config: Any = trunk.config.get_text_config()
         self._takes_positions = takes_positions(trunk)
-        self._branches: tuple[object, bool] | None = None
 
     @property
     def abilities(self) -> Abilities:
@@ -42,16 +44,16 @@ class CausalStates:
     @property
     def branches(self) -> bool:
         """Whether `encode_branches` gives the states that the texts have alone; tried on a few tokens."""
-        attention = self.trunk.config._attn_implementation
-        if self._branches is None or self._branches[0] != attention:
+        attention, known = self.trunk.config._attn_implementation, _branches.get(self.trunk)
+        if known is None or known[0] != attention:
             # windows are longer than a trial
             layers = set(getattr(self.config, "layer_types", None) or ["full_attention"])
             bounded = getattr(self.config, "sliding_window", None) and not hasattr(self.config, "layer_types")
             odd = any(getattr(self.config, name, None) for name in ("alibi", "attention_layers"))  # Falcon's, GPT-Neo's
             masked = attention in ("eager", "sdpa") and layers == {"full_attention"} and not bounded and not odd
             may = masked and self._takes_positions and self.abilities.caches
-            self._branches = attention, may and self._branches_well()
-        return self._branches[1]
+            known = _branches[self.trunk] = attention, may and self._branches_well()
+        return known[1]
 
     def _branches_well(self) -> bool:
         """Whether next tokens side by side, not all of which are asked for, have the states of whole texts."""
