@@ -289,7 +289,9 @@ def outcome(kind: str, seconds: int, verbose: bool = False) -> tuple[str, str]:
         if verbose:
             traceback.print_exc()
         where = traceback.extract_tb(error.__traceback__)
-        own = next((f"{Path(each.filename).name}:{each.lineno}" for each in reversed(where) if "rectify" in each.filename), "")
+        own = next(
+            (f"{Path(each.filename).name}:{each.lineno}" for each in reversed(where) if "rectify" in each.filename), ""
+        )
         return "CRASHED", f"{type(error).__name__}: {first_line(error)} ({own})"
 
 

@@ -12,16 +12,20 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from rectify.causal_body import causal_body
 from rectify.errors import InvalidArgumentError
 from rectify.growing_cache import growing_cache
 from rectify.packed_attention import Packing, can_pack, packed
 from rectify.prefix_memo import MASKED, PrefixMemo
+from rectify.thread_lock import ThreadLock
 from rectify.trunk_probe import abilities_of, close_for, gap, probe_texts, undisturbed
-from rectify.trunk_states import Abilities, hidden_states, takes_positions, text_states
+from rectify.trunk_states import Abilities, hidden_states, input_device, takes_positions, text_states
 
 _SAME = 0.01  # of the largest state: what two runs of the same weights may differ by
 
 _branches: weakref.WeakKeyDictionary[nn.Module, tuple[object, bool]] = weakref.WeakKeyDictionary()
+# a trunk that attends to packed rows reads nothing else meanwhile, for whoever that is
+_locks: weakref.WeakKeyDictionary[nn.Module, ThreadLock] = weakref.WeakKeyDictionary()
 
 
 class CausalStates:
@@ -35,6 +39,7 @@ class CausalStates:
         self.trunk = trunk
         self.config: Any = trunk.config.get_text_config()
         self._takes_positions = takes_positions(trunk)
+        self._lock = _locks.setdefault(trunk, ThreadLock())
 
     @property
     def abilities(self) -> Abilities:
@@ -108,13 +113,15 @@ class CausalStates:
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Hidden states of the last positions, `[B, T, hidden_size]`; see `hidden_states` and `text_states`."""
-        if cache is not None:
-            return self._run(input_ids, attention_mask, cache)
-        return text_states(self.trunk, input_ids, attention_mask, self.abilities, self._takes_positions)
+        with self._lock:
+            if cache is not None:
+                return self._run(input_ids, attention_mask, cache)
+            return text_states(self.trunk, input_ids, attention_mask, self.abilities, self._takes_positions)
 
     def encode_branches(self, tokens: Tensor, seen: Tensor, positions: Tensor, cache: Cache, real: Tensor) -> Tensor:
         """The states after several next tokens of each prefix; see `BranchingModel.encode_branches`."""
-        return self._run_branches(tokens, seen, positions, cache, real)
+        with self._lock:
+            return self._run_branches(tokens, seen, positions, cache, real)
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         return hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
@@ -154,8 +161,12 @@ class NextTokenLogits:
     def __init__(self, model: PreTrainedModel, name: str = "model", use_cache: bool = True) -> None:
         self.model = cast(PreTrainedModel, model.eval())  # with dropout it would be no function of the prefix
         self.name = name
-        self.states = CausalStates(cast(PreTrainedModel, model.base_model))
-        self._outputs = self._output_embedding()
+        outputs = model.get_output_embeddings()
+        if not isinstance(outputs, nn.Module) or model.config.is_encoder_decoder:
+            raise self._refusal("it is no decoder with an output embedding")
+        self.states = CausalStates(causal_body(model, name))
+        self._outputs = outputs
+        self._check_outputs()
         self._memo = PrefixMemo(self.states, use_cache)
 
     @property
@@ -182,23 +193,19 @@ class NextTokenLogits:
             InvalidArgumentError: the prefixes are empty, or longer than the model's context.
         """
         self.states.check(prefixes, self.name)
-        prefixes = prefixes.to(self.model.device)
-        logits = self._outputs(self._memo.last_hidden(_padded_on_the_left(prefixes)))
+        logits = self._outputs(self._memo.last_hidden(prefixes.to(input_device(self.model))))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()
-    def _output_embedding(self) -> nn.Module:
-        """The module that makes logits of hidden states, if nothing is done before and after it."""
-        outputs = self.model.get_output_embeddings()
-        if not isinstance(outputs, nn.Module) or self.model.config.is_encoder_decoder:
-            raise self._refusal("it is no decoder with an output embedding")
+    def _check_outputs(self) -> None:
+        """Refuse a model that does something before or after its output embedding."""
         caught: list[tuple[Tensor, Tensor]] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...], made: Tensor) -> None:
             caught.append((args[0], made))
 
-        ids = torch.arange(min(8, self.states.config.vocab_size), device=self.model.device)[None]
-        handle = outputs.register_forward_hook(catch)
+        ids = torch.arange(min(8, self.states.config.vocab_size), device=input_device(self.model))[None]
+        handle = self._outputs.register_forward_hook(catch)
         try:
             logits = self.model(input_ids=ids, use_cache=False).logits
         finally:
@@ -208,16 +215,9 @@ class NextTokenLogits:
         read, hidden = caught[0][0], self.states.encode(ids)
         if read.shape != hidden.shape or (read - hidden).abs().max() > _SAME * hidden.abs().max():
             raise self._refusal("its output embedding does not read its last hidden states")
-        return outputs
 
     def _refusal(self, reason: str) -> InvalidArgumentError:
         return InvalidArgumentError(
             f"the {self.name} is a {type(self.model).__name__} whose logits cannot be made step by step ({reason}): "
             "give a causal model without that, such as GPT-2 or Llama"
         )
-
-
-def _padded_on_the_left(prefixes: Tensor) -> Tensor:
-    """The same tokens after their padding, so that no window or recurrence runs over it."""
-    order = (prefixes != MASKED).to(torch.uint8).argsort(dim=-1, stable=True)
-    return prefixes.gather(-1, order)

@@ -8,7 +8,6 @@ back (assisted decoding), and another prompt may follow: the answer never depend
 
 from __future__ import annotations
 
-import threading
 from typing import cast
 
 import torch
@@ -17,6 +16,7 @@ from transformers import Cache
 
 from rectify.growing_cache import Growing, growing_cache, has_grown, keep
 from rectify.risk_model import BranchingModel, StateModel
+from rectify.thread_lock import ThreadLock
 
 MASKED = -1
 """Stands for a padding position in a prefix, whatever id is written there."""
@@ -42,7 +42,7 @@ class PrefixMemo:
         self.q_network = q_network
         self.abilities = q_network.abilities
         self.use_cache = use_cache and self.abilities.caches
-        self._lock = threading.RLock()
+        self._lock = ThreadLock()
         self.clear()
 
     def clear(self) -> None:
