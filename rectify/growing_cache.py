@@ -77,7 +77,7 @@ def growing_cache() -> Cache:
 def has_grown(cache: Cache, length: int) -> bool:
     """Whether each layer holds that many positions: some models keep their states elsewhere, or nothing."""
     return bool(cache.layers) and all(
-        isinstance(layer, _GrowingLayer) and layer.is_initialized and layer.keys.shape[-2] == length
+        isinstance(layer, _GrowingLayer) and layer.keys is not None and layer.keys.shape[-2] == length
         for layer in cache.layers
     )
 

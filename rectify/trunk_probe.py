@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class _Probe:
 
     def __init__(self, trunk: nn.Module) -> None:
         self.trunk, self.positions = trunk, takes_positions(trunk)
-        config: Any = trunk.config.get_text_config()
+        config = cast(Any, trunk).config.get_text_config()
         self.rotation = rotation_of(config)
         bounds = [_LENGTH, getattr(config, "max_position_embeddings", None)]
         bounds += [self.rotation.limit] if self.rotation is not None else []

@@ -115,12 +115,15 @@ class TrunkTap:
         tap = weakref.ref(self)
 
         def before_trunk(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not torch.compiler.is_compiling() and (alive := tap()) is not None and module is alive.trunk:
+            if (alive := tap()) is not None and module is alive.trunk and not torch.compiler.is_compiling():
                 alive._begin(args, kwargs)
 
         def after_trunk(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not torch.compiler.is_compiling() and (alive := tap()) is not None and module is alive.trunk:
-                alive._end(args, kwargs, output)
+            if (alive := tap()) is not None and module is alive.trunk:
+                if torch.compiler.is_compiling():  # this becomes a part of the compiled model
+                    alive._compiled = (args, kwargs, output)
+                else:
+                    alive._end(args, kwargs, output)
 
         for handle in (
             self.trunk.register_forward_pre_hook(before_trunk, with_kwargs=True),
@@ -133,6 +136,7 @@ class TrunkTap:
         with self._lock:
             self._readings: weakref.WeakKeyDictionary[Cache, _Reading] = weakref.WeakKeyDictionary()
         self._local.cacheless = None
+        self._compiled: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
         self._fallback.clear()
 
     def last_hidden(self, prefixes: Tensor) -> Tensor | None:
@@ -147,6 +151,7 @@ class TrunkTap:
         Raises:
             InvalidArgumentError: another model's `generate` asks.
         """
+        self._end_compiled()
         for place, reading in enumerate(self._of_this_thread()):
             if reading.embedded and place:  # its prompt is not known, so another text may have the same tokens
                 continue
@@ -199,7 +204,25 @@ class TrunkTap:
         rows = None if cache is None or not past else _rows_of(cache, past)
         self._local.begun = _Begun(before, past, rows)
 
+    def _end_compiled(self) -> None:
+        """Take what a compiled model has left; what its cache held before is still there, where it has kept all."""
+        if self._compiled is None:
+            return
+        (args, kwargs, output), self._compiled = self._compiled, None
+        given = self._given(args, kwargs)
+        cache, fed = self._cache_of(given), given.get("input_ids")
+        if cache is None or not isinstance(fed, Tensor):
+            return
+        end = _length(cache, None)
+        with self._lock:
+            before = self._readings.pop(cache, None)
+        if end is not None and end >= fed.shape[1] and _keeps_all(cache, end) and self._now() == self._setting:
+            past = end - fed.shape[1]
+            self._local.begun = _Begun(before, past, _rows_of(cache, past) if past else None)
+            self._end(args, kwargs, output)
+
     def _end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._compiled = None
         begun: _Begun | None = getattr(self._local, "begun", None)
         self._local.begun = self._local.cacheless = None
         if begun is None or begun.past is None:
@@ -298,6 +321,11 @@ def _length(cache: Cache, before: _Reading | None) -> int | None:
         if not held:
             return 0
         return None if before is None else before.text.shape[1]
+
+
+def _keeps_all(cache: Cache, length: int) -> bool:
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    return all(isinstance(each, Tensor) and each.ndim == 4 and each.shape[-2] >= length for each in keys)
 
 
 def _rows_of(cache: Cache, length: int) -> Tensor | None:
