@@ -5,18 +5,27 @@ Methods run it beside the model that generates: an expert, a classifier's backbo
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from rectify.causal_body import causal_body
 from rectify.errors import InvalidArgumentError
+from rectify.growing_cache import growing_cache
 from rectify.packed_attention import Packing, can_pack, packed
 from rectify.prefix_memo import MASKED, PrefixMemo
-from rectify.trunk_states import hidden_states, takes_positions
+from rectify.thread_lock import ThreadLock
+from rectify.trunk_probe import abilities_of, close_for, gap, probe_texts, undisturbed
+from rectify.trunk_states import Abilities, hidden_states, input_device, takes_positions, text_states
 
 _SAME = 0.01  # of the largest state: what two runs of the same weights may differ by
+
+_branches: weakref.WeakKeyDictionary[nn.Module, tuple[object, bool]] = weakref.WeakKeyDictionary()
+# a trunk that attends to packed rows reads nothing else meanwhile, for whoever that is
+_locks: weakref.WeakKeyDictionary[nn.Module, ThreadLock] = weakref.WeakKeyDictionary()
 
 
 class CausalStates:
@@ -29,19 +38,52 @@ class CausalStates:
     def __init__(self, trunk: PreTrainedModel) -> None:
         self.trunk = trunk
         self.config: Any = trunk.config.get_text_config()
-        self.recurrent: bool = getattr(trunk, "_is_stateful", False)
-        """Whether the trunk keeps recurrent states, which cannot be cropped to a shorter prefix."""
         self._takes_positions = takes_positions(trunk)
+        self._lock = _locks.setdefault(trunk, ThreadLock())
+
+    @property
+    def abilities(self) -> Abilities:
+        """What the trunk was seen to do; raises `InvalidArgumentError` where it is not causal."""
+        return abilities_of(self.trunk)
 
     @property
     def branches(self) -> bool:
-        """Whether `encode_branches` may be called: every layer's attention reaches the whole text, and takes a mask."""
-        layers = set(getattr(self.config, "layer_types", None) or ["full_attention"])
-        bounded = getattr(self.config, "sliding_window", None) is not None and not hasattr(self.config, "layer_types")
-        odd = any(getattr(self.config, name, None) for name in ("alibi", "attention_layers"))  # Falcon's, GPT-Neo's
-        masked = self.config._attn_implementation in ("eager", "sdpa")
-        whole = layers == {"full_attention"} and not bounded and not odd
-        return whole and masked and self._takes_positions and not self.recurrent
+        """Whether `encode_branches` gives the states that the texts have alone; tried on a few tokens."""
+        attention, known = self.trunk.config._attn_implementation, _branches.get(self.trunk)
+        if known is None or known[0] != attention:
+            # windows are longer than a trial
+            layers = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+            bounded = getattr(self.config, "sliding_window", None) and not hasattr(self.config, "layer_types")
+            odd = any(getattr(self.config, name, None) for name in ("alibi", "attention_layers"))  # Falcon's, GPT-Neo's
+            masked = attention in ("eager", "sdpa") and layers == {"full_attention"} and not bounded and not odd
+            may = masked and self._takes_positions and self.abilities.caches
+            known = _branches[self.trunk] = attention, may and self._branches_well()
+        return known[1]
+
+    def _branches_well(self) -> bool:
+        """Whether next tokens side by side, not all of which are asked for, have the states of whole texts."""
+        with undisturbed(self.trunk):
+            first, second = probe_texts(self.trunk, 9, 5)
+            ids, tokens = first[:5].repeat(2, 1), torch.stack((first[5:8], second[5:8]))
+            mask, real = torch.ones_like(ids), torch.ones_like(tokens, dtype=torch.bool)
+            real[1, 1] = False
+            if self.abilities.pads:
+                ids[1, 0] = mask[1, 0] = 0
+            apart = torch.eye(3, dtype=torch.bool, device=ids.device).repeat(2, 1, 1)
+            seen = torch.cat((mask.bool()[:, None].expand(-1, 3, -1), apart), -1)[:, None]
+            try:
+                cache = growing_cache()
+                self._run(ids, mask if self.abilities.pads else None, cache)
+                found = self._run_branches(tokens, seen, mask.sum(-1, keepdim=True).expand(-1, 3), cache, real)
+                whole = torch.stack(
+                    [
+                        self._run(torch.cat((row[kept.bool()].expand(3, -1), of_row[:, None]), 1))[:, -1]
+                        for row, kept, of_row in zip(ids, mask, tokens, strict=True)
+                    ]
+                )
+            except Exception:  # a model may fail in any way at what it was not made for, and then it is not asked to
+                return False
+            return gap(found[real][None], whole[real][None]) <= close_for(whole.dtype)
 
     @property
     def context(self) -> int | None:
@@ -70,11 +112,21 @@ class CausalStates:
                 )
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Hidden states of the last positions, `[B, T, hidden_size]`; see `hidden_states`."""
-        return hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
+        """Hidden states of the last positions, `[B, T, hidden_size]`; see `hidden_states` and `text_states`."""
+        with self._lock:
+            if cache is not None:
+                return self._run(input_ids, attention_mask, cache)
+            return text_states(self.trunk, input_ids, attention_mask, self.abilities, self._takes_positions)
 
     def encode_branches(self, tokens: Tensor, seen: Tensor, positions: Tensor, cache: Cache, real: Tensor) -> Tensor:
         """The states after several next tokens of each prefix; see `BranchingModel.encode_branches`."""
+        with self._lock:
+            return self._run_branches(tokens, seen, positions, cache, real)
+
+    def _run(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        return hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
+
+    def _run_branches(self, tokens: Tensor, seen: Tensor, positions: Tensor, cache: Cache, real: Tensor) -> Tensor:
         unseen = torch.finfo(self.trunk.dtype).min
         mask = torch.zeros(seen.shape, dtype=self.trunk.dtype, device=seen.device).masked_fill(~seen, unseen)
         # an accelerator's step waits for its memory, and computes the padding meanwhile
@@ -109,8 +161,12 @@ class NextTokenLogits:
     def __init__(self, model: PreTrainedModel, name: str = "model", use_cache: bool = True) -> None:
         self.model = cast(PreTrainedModel, model.eval())  # with dropout it would be no function of the prefix
         self.name = name
-        self.states = CausalStates(cast(PreTrainedModel, model.base_model))
-        self._outputs = self._output_embedding()
+        outputs = model.get_output_embeddings()
+        if not isinstance(outputs, nn.Module) or model.config.is_encoder_decoder:
+            raise self._refusal("it is no decoder with an output embedding")
+        self.states = CausalStates(causal_body(model, name))
+        self._outputs = outputs
+        self._check_outputs()
         self._memo = PrefixMemo(self.states, use_cache)
 
     @property
@@ -137,23 +193,19 @@ class NextTokenLogits:
             InvalidArgumentError: the prefixes are empty, or longer than the model's context.
         """
         self.states.check(prefixes, self.name)
-        prefixes = prefixes.to(self.model.device)
-        logits = self._outputs(self._memo.last_hidden(_padded_on_the_left(prefixes)))
+        logits = self._outputs(self._memo.last_hidden(prefixes.to(input_device(self.model))))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()
-    def _output_embedding(self) -> nn.Module:
-        """The module that makes logits of hidden states, if nothing is done before and after it."""
-        outputs = self.model.get_output_embeddings()
-        if not isinstance(outputs, nn.Module) or self.model.config.is_encoder_decoder:
-            raise self._refusal("it is no decoder with an output embedding")
+    def _check_outputs(self) -> None:
+        """Refuse a model that does something before or after its output embedding."""
         caught: list[tuple[Tensor, Tensor]] = []
 
         def catch(module: nn.Module, args: tuple[Any, ...], made: Tensor) -> None:
             caught.append((args[0], made))
 
-        ids = torch.arange(min(8, self.states.config.vocab_size), device=self.model.device)[None]
-        handle = outputs.register_forward_hook(catch)
+        ids = torch.arange(min(8, self.states.config.vocab_size), device=input_device(self.model))[None]
+        handle = self._outputs.register_forward_hook(catch)
         try:
             logits = self.model(input_ids=ids, use_cache=False).logits
         finally:
@@ -163,16 +215,9 @@ class NextTokenLogits:
         read, hidden = caught[0][0], self.states.encode(ids)
         if read.shape != hidden.shape or (read - hidden).abs().max() > _SAME * hidden.abs().max():
             raise self._refusal("its output embedding does not read its last hidden states")
-        return outputs
 
     def _refusal(self, reason: str) -> InvalidArgumentError:
         return InvalidArgumentError(
             f"the {self.name} is a {type(self.model).__name__} whose logits cannot be made step by step ({reason}): "
             "give a causal model without that, such as GPT-2 or Llama"
         )
-
-
-def _padded_on_the_left(prefixes: Tensor) -> Tensor:
-    """The same tokens after their padding, so that no window or recurrence runs over it."""
-    order = (prefixes != MASKED).to(torch.uint8).argsort(dim=-1, stable=True)
-    return prefixes.gather(-1, order)

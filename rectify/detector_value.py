@@ -78,7 +78,7 @@ class DetectorValue(nn.Module):
         self.candidates, self.k = candidates, k
         inner = cast(Any, classifier.inner)
         self.states = CausalStates(cast(PreTrainedModel, inner.base_model))
-        self._memo = PrefixMemo(self.states, use_cache)
+        self._memo = PrefixMemo(self.states, use_cache and self.states.branches)
 
     @classmethod
     def from_pretrained(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -31,9 +33,13 @@ class Padding:
         texts = [*(ends if isinstance(ends, list) else [ends]), getattr(names, "bos_token_id", None)]
         self._pad_is_text = self._pad_token_id in texts
         self._attention_mask: Tensor | None = None
+        self._maker = threading.current_thread().ident
+        self._of_threads: weakref.WeakKeyDictionary[threading.Thread, Tensor | None] = weakref.WeakKeyDictionary()
 
     def set_attention_mask(self, attention_mask: Tensor | None) -> None:
         """Say where the next prompts have padding; it holds until it is set again.
+
+        What is said in another thread than the one that made the processor concerns the prompts of that thread alone.
 
         Without a mask, the padding tokens at the start of a row are padding. Where that token can also begin a text (it
         is the end or the begin token as well), those that *every* row of the batch begins with are text.
@@ -48,7 +54,11 @@ class Padding:
             raise InvalidArgumentError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}: give a row for each prompt, [prompts, length]"
             )
-        self._attention_mask = None if attention_mask is None else attention_mask.bool()
+        mask = None if attention_mask is None else attention_mask.bool()
+        if threading.get_ident() == self._maker:
+            self._attention_mask = mask
+        else:
+            self._of_threads[threading.current_thread()] = mask
 
     def real(self, input_ids: Tensor) -> Tensor:
         """Where the text is: `[B, T]` ids to `[B, T]` bool, False at padding.
@@ -56,7 +66,7 @@ class Padding:
         Raises:
             InvalidArgumentError: the attention mask is that of other prompts.
         """
-        mask = self._attention_mask
+        mask = self._of_threads.get(threading.current_thread(), self._attention_mask)
         if mask is not None:
             (prompts, length), (rows, total) = mask.shape, input_ids.shape
             if rows % prompts or total < length:

@@ -12,9 +12,11 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import Cache
 
+from rectify.growing_cache import Growing, growing_cache, has_grown, keep
 from rectify.risk_model import BranchingModel, StateModel
+from rectify.thread_lock import ThreadLock
 
 MASKED = -1
 """Stands for a padding position in a prefix, whatever id is written there."""
@@ -22,83 +24,34 @@ MASKED = -1
 _COMPARISONS = 1 << 24
 
 
-class _Growing:
-    """A tensor that grows along one dimension inside a larger buffer, so that appending does not copy what is there."""
-
-    def __init__(self, first: Tensor, dim: int) -> None:
-        self.dim = dim
-        self._start(first)
-
-    def _start(self, first: Tensor) -> None:
-        self.length = first.shape[self.dim]
-        shape = list(first.shape)
-        shape[self.dim] = max(self.length * 3 // 2, 64)
-        self._buffer = first.new_empty(shape)
-        self.view().copy_(first)
-
-    def view(self) -> Tensor:
-        return self._buffer.narrow(self.dim, 0, self.length)
-
-    def append(self, new: Tensor) -> Tensor:
-        end = self.length + new.shape[self.dim]
-        if end > self._buffer.shape[self.dim]:
-            self._start(torch.cat((self.view(), new), self.dim))
-        else:
-            self._buffer.narrow(self.dim, self.length, new.shape[self.dim]).copy_(new)
-            self.length = end
-        return self.view()
-
-    def crop(self, length: int) -> None:
-        self.length = length
-
-    def select(self, rows: Tensor) -> None:
-        self._start(self.view()[rows])
-
-
-class _GrowingLayer(DynamicLayer):
-    """A layer of keys and values that is appended to in place."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self._keys, self._values = _Growing(key_states, -2), _Growing(value_states, -2)
-        else:
-            self._keys.append(key_states)
-            self._values.append(value_states)
-        return self._expose()
-
-    def _expose(self) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = self._keys.view(), self._values.view()
-        return self.keys, self.values
-
-    def keep(self, length: int, rows: Tensor | None) -> None:
-        """Drop all positions from `length` on, and take the given rows."""
-        for tensor in (self._keys, self._values):
-            tensor.crop(length)
-            if rows is not None:
-                tensor.select(rows)
-        self._expose()
-
-
 class PrefixMemo:
     """The last hidden states of prefixes under one model.
 
     Args:
         q_network: whose trunk is run, or another model of states.
-        use_cache: whether to remember anything; without it, and with a recurrent trunk, every call runs over whole
-            prefixes (the slow reference).
+        use_cache: whether to remember anything; without it, and where the trunk was not seen to keep a cache, every
+            call runs over whole prefixes (the slow reference).
+
+    One call is answered at a time, whichever thread asks.
+
+    Raises:
+        InvalidArgumentError: the trunk is not causal.
     """
 
     def __init__(self, q_network: StateModel, use_cache: bool = True) -> None:
         self.q_network = q_network
-        self.use_cache = use_cache and not q_network.recurrent
+        self.abilities = q_network.abilities
+        self.use_cache = use_cache and self.abilities.caches
+        self._lock = ThreadLock()
         self.clear()
 
     def clear(self) -> None:
         """Forget everything; needed only after the network's weights change."""
-        self._ids: _Growing | None = None
-        self._hidden: _Growing | None = None
-        self._cache: Cache | None = None
+        with self._lock:
+            self._ids: Growing | None = None
+            self._hidden: Growing | None = None
+            self._cache: Cache | None = None
+            self._long = False  # whether what is kept was rotated as long texts are
 
     @torch.inference_mode(False)  # what is kept must be writable in later calls, whatever mode they run in
     @torch.no_grad()
@@ -106,32 +59,39 @@ class PrefixMemo:
         """Hidden state after each prefix.
 
         Args:
-            prefixes: `[B, T]` int64, `MASKED` at padding positions.
+            prefixes: `[B, T]` int64, `MASKED` at padding positions, which may stand anywhere.
 
         Returns:
             `[B, hidden_size]`.
         """
-        if not self.use_cache:
-            self.clear()
-            return self._encode(prefixes, 0)[:, -1]
+        prefixes, padded = _padded_on_the_left(prefixes)
+        with self._lock:
+            if not self._may_keep(prefixes, padded):
+                return self._whole(prefixes, padded)
+            return self._kept_hidden(prefixes, padded)
+
+    def _kept_hidden(self, prefixes: Tensor, padded: bool) -> Tensor:
         length = prefixes.shape[1]
         kept, parents = self._match(prefixes)
         if self._hidden is not None and kept == length:  # asked before: a roll-back in assisted decoding
             state = self._hidden.view()[:, length - 1]
-            return state if parents is None else state[parents]
-        copies = None
+            return state.clone() if parents is None else state[parents]
+        asked, copies = prefixes, None
         if kept == 0 and len(prefixes) > 1:
             # the samples of a prompt, or its beams, begin alike: it is read once
             distinct, copies = prefixes.unique(dim=0, return_inverse=True)
             prefixes, copies = (distinct, copies) if len(distinct) < len(prefixes) else (prefixes, None)
         try:
-            self._keep(kept, parents)
-            new = self._encode(prefixes, kept)
+            cache = self._keep(kept, parents)
+            new = self._encode(prefixes, padded, kept, cache)
         except BaseException:
             self.clear()  # a half-extended cache must not answer
             raise
+        if not has_grown(cache, length):  # the model keeps its states in another way after all
+            self.use_cache = False
+            return self._whole(asked, padded)
         if self._ids is None or self._hidden is None:
-            self._ids, self._hidden = _Growing(prefixes, 1), _Growing(new, 1)
+            self._ids, self._hidden = Growing(prefixes, 1), Growing(new, 1)
         else:
             self._ids.append(prefixes[:, kept:])
             self._hidden.append(new)
@@ -156,14 +116,20 @@ class PrefixMemo:
         """
         model = cast(BranchingModel, self.q_network)
         real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
-        if not self.use_cache or not model.branches:
-            self.clear()
+        prefixes, padded = _padded_on_the_left(prefixes)
+        with self._lock:
+            if self.use_cache and model.branches and self._may_keep(prefixes, padded, more=1):
+                return self._kept_branches(model, prefixes, padded, tokens, real)
             rows, places = real.nonzero(as_tuple=True)
-            ends = self._encode(torch.cat((prefixes[rows], tokens[rows, places, None]), 1), 0)[:, -1]
+            ends = self._whole(torch.cat((prefixes[rows], tokens[rows, places, None]), 1), padded)
             return ends.new_zeros(*tokens.shape, ends.shape[-1]).index_put_((rows, places), ends)
+
+    def _kept_branches(
+        self, model: BranchingModel, prefixes: Tensor, padded: bool, tokens: Tensor, real: Tensor
+    ) -> Tensor:
         kept, parents = self._match(prefixes)
         if not 0 < kept >= prefixes.shape[1] - 1:
-            self.last_hidden(prefixes)
+            self._kept_hidden(prefixes, padded)
             kept, parents = self._match(prefixes)
         assert self._cache is not None
         assert self._ids is not None
@@ -183,9 +149,7 @@ class PrefixMemo:
                 self._cache,
                 torch.cat((torch.ones_like(last, dtype=torch.bool), real), 1),
             )
-            for layer in self._cache.layers:
-                assert isinstance(layer, _GrowingLayer)
-                layer.keep(kept + new, None)
+            keep(self._cache, kept + new)
             if new:
                 self._ids.append(last)
                 self._hidden.append(states[:, :new])
@@ -193,6 +157,21 @@ class PrefixMemo:
             self.clear()
             raise
         return states[:, new:]
+
+    def _may_keep(self, prefixes: Tensor, padded: bool, more: int = 0) -> bool:
+        """Whether what is kept may answer, of a text that is `more` tokens longer; else it is forgotten."""
+        may = self.use_cache and (self.abilities.pads or not padded)
+        rotation = self.abilities.rotation
+        if may and rotation is not None:
+            lengths = (prefixes != MASKED).sum(-1)
+            shortest, longest = int(lengths.min()), int(lengths.max())
+            may = rotation.same(shortest, longest) and rotation.same(shortest, longest + more)
+            if self._long != (longest > rotation.limit):
+                self.clear()
+                self._long = longest > rotation.limit
+        if not may:
+            self.clear()
+        return may
 
     def _match(self, prefixes: Tensor) -> tuple[int, Tensor | None]:
         """How many leading positions can be reused by all rows, and from which rows (`None`: each from its own)."""
@@ -212,21 +191,33 @@ class PrefixMemo:
             parents.append(best.indices)
         return int(torch.cat(common).min()), torch.cat(parents)
 
-    def _keep(self, length: int, parents: Tensor | None) -> None:
+    def _keep(self, length: int, parents: Tensor | None) -> Cache:
         if length == 0 or self._ids is None or self._hidden is None or self._cache is None:
-            self.clear()
-            self._cache = Cache(layer_class_to_replicate=_GrowingLayer)
-            return
+            self._ids = self._hidden = None
+            self._cache = growing_cache()
+            return self._cache
         for tensor in (self._ids, self._hidden):
             tensor.crop(length)
             if parents is not None:
                 tensor.select(parents)
-        for layer in self._cache.layers:
-            assert isinstance(layer, _GrowingLayer)
-            layer.keep(length, parents)
+        keep(self._cache, length, parents)
+        return self._cache
 
-    def _encode(self, prefixes: Tensor, start: int) -> Tensor:
-        real = prefixes != MASKED
-        mask = None if bool(real.all()) else real.long()
+    def _whole(self, prefixes: Tensor, padded: bool) -> Tensor:
+        self.clear()
+        return self._encode(prefixes, padded, 0, None)[:, -1]
+
+    def _encode(self, prefixes: Tensor, padded: bool, start: int, cache: Cache | None) -> Tensor:
+        mask = (prefixes != MASKED).long() if padded else None
         ids = prefixes[:, start:].clamp(0, self.q_network.config.vocab_size - 1)
-        return self.q_network.encode(ids, mask, self._cache)
+        return self.q_network.encode(ids, mask, cache)
+
+
+def _padded_on_the_left(prefixes: Tensor) -> tuple[Tensor, bool]:
+    """The same tokens after their padding, so that no window or recurrence runs over it; and whether there is any."""
+    real = prefixes != MASKED
+    if bool(real.all()):
+        return prefixes, False
+    if bool((real[:, :-1] & ~real[:, 1:]).any()):
+        prefixes = prefixes.gather(-1, real.to(torch.uint8).argsort(dim=-1, stable=True))
+    return prefixes, True

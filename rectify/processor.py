@@ -23,6 +23,8 @@ from rectify.risk_model import RiskModel
 from rectify.rule import Rectified, Rule, Tilt, rectify, rectify_candidates, rectify_support
 from rectify.sampling import Sampling
 from rectify.support import Support, support_of
+from rectify.thread_lock import ThreadLock
+from rectify.trunk_states import input_device
 
 Combination = Literal["product", "max"]
 
@@ -67,8 +69,8 @@ class RectificationProcessor(LogitsProcessor):
 
     For `model.generate(..., logits_processor=[processor], **processor.generate_kwargs())`. The sampling settings belong
     to the processor, which applies them before the rule; `generate_kwargs()` switches them off in `generate`. A call is
-    a function of the prefix and the scores: one processor serves any number of prompts, one after the other, in greedy,
-    sampling, beam and assisted decoding.
+    a function of the prefix and the scores: one processor serves any number of prompts, in greedy, sampling, beam and
+    assisted decoding, and any number of threads, which are answered one after the other.
 
     Args:
         q_network: the dead-end Q network, or another risk model (`StaticTokenRisk`); put in evaluation mode. `None`
@@ -128,10 +130,11 @@ class RectificationProcessor(LogitsProcessor):
         self.sampling = Sampling.resolve(model.generation_config if model is not None else None, **sampling)
         reader = q_network if q_network is not None else cast(DetectorValue, detector)
         self._scaling = self.sampling.scaling()
-        self._truncating = self.sampling.truncating(model.device if model is not None else reader.device)
+        self._truncating = self.sampling.truncating(input_device(model) if model is not None else reader.device)
         _keep_freed_memory()
         if model is not None and self._q is not None:
             self._q.check_width(model.config.get_text_config().vocab_size)
+        self._lock = ThreadLock()
         self._padding = Padding(model, tokenizer)
         self.set_attention_mask(attention_mask)
         self.reset()
@@ -154,7 +157,7 @@ class RectificationProcessor(LogitsProcessor):
             **arguments: of the class.
         """
         model = arguments.get("model")
-        device = model.device if model is not None else None
+        device = input_device(model) if model is not None else None
         return cls(DeadEndQNetwork.from_pretrained(name, dtype=dtype, device=device, model=model), rule, **arguments)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -199,18 +202,20 @@ class RectificationProcessor(LogitsProcessor):
 
     def reset(self) -> None:
         """Forget the statistics and all cached states (needed after a network's weights were changed)."""
-        if self._q is not None:
-            self._q.memo.clear()
-        if self.detector is not None:
-            self.detector.clear()
-        self._sums: Tensor | None = None
-        self._decisions = 0
-        self._warned = False
+        with self._lock:
+            if self._q is not None:
+                self._q.memo.clear()
+            if self.detector is not None:
+                self.detector.clear()
+            self._sums: Tensor | None = None
+            self._decisions = 0
+            self._warned = False
 
     def statistics(self) -> Statistics:
         """What was done since the last `reset`; waits for the device once."""
-        capped, moved, widened, dead_ends, unread = self._sums.tolist() if self._sums is not None else (0.0,) * 5
-        return Statistics(self._decisions, int(capped), moved, int(widened), int(dead_ends), int(unread))
+        with self._lock:
+            capped, moved, widened, dead_ends, unread = self._sums.tolist() if self._sums is not None else (0.0,) * 5
+            return Statistics(self._decisions, int(capped), moved, int(widened), int(dead_ends), int(unread))
 
     # -----------------------------------------------------------------------------------------------------------------
     # One step
@@ -229,11 +234,12 @@ class RectificationProcessor(LogitsProcessor):
             InvalidArgumentError: the prefixes are empty or longer than the context of Q network or detector, the
                 attention mask is that of other prompts, or a row of the scores leaves no token.
         """
-        result = self.decide(input_ids, scores)
-        if result is None:
-            return scores
-        self._count(result)
-        return result.scores
+        with self._lock:
+            result = self.decide(input_ids, scores)
+            if result is None:
+                return scores
+            self._count(result)
+            return result.scores
 
     @torch.no_grad()
     def decide(self, input_ids: Tensor, scores: Tensor) -> Rectified | None:

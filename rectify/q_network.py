@@ -26,7 +26,8 @@ from rectify.quiet_peft import PeftConfig, PeftModel, get_peft_model
 from rectify.risk_model import TextRisk
 from rectify.saved_config import read_config
 from rectify.saved_weights import check_finite, read_weights, shapes_of
-from rectify.trunk_states import hidden_states, takes_positions
+from rectify.trunk_probe import abilities_of
+from rectify.trunk_states import Abilities, hidden_states, takes_positions, text_states
 from rectify.vocabulary import Fingerprint
 
 CONFIG_FILE, HEAD_FILE = "q_config.json", "head.safetensors"
@@ -104,10 +105,7 @@ class DeadEndQNetwork(nn.Module):
         else:
             self.trunk = trunk
         self.head = _make_head(config)
-        inner = trunk.get_base_model() if isinstance(trunk, PeftModel) else trunk
-        self._takes_positions = takes_positions(inner)
-        self.recurrent: bool = getattr(inner, "_is_stateful", False)
-        """Whether the trunk keeps recurrent states, which cannot be cropped to a shorter prefix."""
+        self._takes_positions = takes_positions(trunk.get_base_model() if isinstance(trunk, PeftModel) else trunk)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Making, saving, loading
@@ -169,7 +167,9 @@ class DeadEndQNetwork(nn.Module):
             adapter.base_model_name_or_path = config.base_model
         network = cls(config, body)
         cast(LowRankHead, network.head).start_from_embeddings(embeddings)
-        return network.to(embeddings.device)
+        network.to(embeddings.device)
+        abilities_of(network.trunk)  # refused now, if it is not causal
+        return network
 
     @classmethod
     def from_pretrained(
@@ -220,7 +220,9 @@ class DeadEndQNetwork(nn.Module):
                 )
             network = cls(config, trunk)
             network.head.load_state_dict(weights)
-        return network.to(device=device, dtype=dtype).eval()
+            network.to(device=device, dtype=dtype).eval()
+            abilities_of(network.trunk)  # refused now, if it is not causal
+        return network
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write configuration, head, and the trunk (or only its adapter; nothing of a shared one) to a folder."""
@@ -250,9 +252,16 @@ class DeadEndQNetwork(nn.Module):
         """Longest prefix in tokens that the trunk was made for, or `None` where it names no limit."""
         return getattr(self.trunk.config.get_text_config(), "max_position_embeddings", None)
 
+    @property
+    def abilities(self) -> Abilities:
+        """What the trunk was seen to do; raises `InvalidArgumentError` where it is not causal."""
+        return abilities_of(self.trunk)
+
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Hidden states of the last positions, `[B, T, hidden_size]`; see `hidden_states`."""
-        return hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
+        """Hidden states of the last positions, `[B, T, hidden_size]`; see `hidden_states` and `text_states`."""
+        if cache is not None:
+            return hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
+        return text_states(self.trunk, input_ids, attention_mask, self.abilities, self._takes_positions)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """`Q[b, t, a]`, the value of token `a` after the prefix `input_ids[b, :t + 1]`: `[B, T, V]` float32."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.causal_body import is_body_of
 from rectify.errors import InvalidArgumentError, VocabularyMismatchError
 from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.risk_model import RiskModel
@@ -34,7 +35,7 @@ class QValue:
     ) -> None:
         self.q_network = q_network.eval()  # with dropout it would be no function of the prefix
         self.memo: PrefixMemo | TrunkTap = PrefixMemo(q_network, use_cache)
-        if model is not None and getattr(q_network, "trunk", None) is model.base_model:
+        if model is not None and is_body_of(getattr(q_network, "trunk", None), model):
             self.memo = TrunkTap(q_network, model, use_cache)
         self._same_vocabulary = False
         if tokenizer is not None and q_network.config.vocabulary is not None:

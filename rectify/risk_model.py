@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from rectify.trunk_states import Abilities
 from rectify.vocabulary import Fingerprint
 
 
@@ -39,8 +40,8 @@ class StateModel(Protocol):
         """Its vocabulary."""
 
     @property
-    def recurrent(self) -> bool:
-        """Whether states cannot be cropped to a shorter prefix, and so are made anew in each call."""
+    def abilities(self) -> Abilities:
+        """Whether states may be kept, padded and made side by side."""
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """The states after the last positions, `[B, T, H]`."""

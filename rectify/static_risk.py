@@ -23,6 +23,7 @@ from rectify.padding import follows
 from rectify.pretrained import refusing
 from rectify.saved_config import read_config
 from rectify.saved_weights import read_weights
+from rectify.trunk_states import Abilities
 from rectify.vocabulary import Fingerprint
 
 CONFIG_FILE, TABLE_FILE = "static_risk.json", "static_risk.safetensors"
@@ -88,7 +89,7 @@ class StaticTokenRisk(nn.Module):
         InvalidArgumentError: the risks are out of range, or not `vocab_size` many.
     """
 
-    recurrent = True
+    abilities = Abilities()
     """There are no states to keep, so none are reused."""
     context = None
     """A table has no longest prefix."""

@@ -179,15 +179,16 @@ def test_packed_rows_change_nothing_and_leave_the_attention_as_it_was(classifier
     prefixes, candidates = draw(5, 9), ragged(5, 7)
     for kind in ("gpt2", "llama"):
         trunk = classifiers[kind].model.get_base_model().base_model
+        values = [DetectorValue(classifiers[kind], tokenizer) for _ in range(2)]
         run = []
         handle = trunk.register_forward_pre_hook(
             lambda module, args, kwargs, run=run: run.append(kwargs["input_ids"].shape), with_kwargs=True
         )
-        packed = DetectorValue(classifiers[kind], tokenizer).log_survival(prefixes, candidates)
+        packed = values[0].log_survival(prefixes, candidates)
         assert trunk.config._attn_implementation == "sdpa"
         with monkeypatch.context() as patched:
             patched.setattr(causal_states, "can_pack", lambda trunk: False)
-            padded = DetectorValue(classifiers[kind], tokenizer).log_survival(prefixes, candidates)
+            padded = values[1].log_survival(prefixes, candidates)
         handle.remove()
         assert run == [(5, 9), (1, int(candidates.real.sum())), (5, 9), (5, 7)]
         assert torch.allclose(packed, padded, rtol=0, atol=1e-5)

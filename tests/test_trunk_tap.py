@@ -184,13 +184,13 @@ def test_another_models_generate_is_refused(make_model):
 
 def test_a_model_keeps_nothing_of_a_processor_that_is_gone(make_model):
     model = make_model("llama")
-    before = len(model.model._forward_pre_hooks), len(model.lm_head._forward_pre_hooks)
+    before = len(model.model._forward_pre_hooks), len(model.model._forward_hooks)
     processor = RectificationProcessor(shared_network(model), RULE, model=model)
     model(prompts())
-    assert len(model.lm_head._forward_pre_hooks) == before[1] + 1
+    assert len(model.model._forward_hooks) == before[1] + 1
     del processor
     gc.collect()
-    assert (len(model.model._forward_pre_hooks), len(model.lm_head._forward_pre_hooks)) == before
+    assert (len(model.model._forward_pre_hooks), len(model.model._forward_hooks)) == before
 
 
 # --- making, saving, loading
