@@ -1,6 +1,7 @@
 """Trajectories: texts to prompts, selection, resuming, labelled texts, and what is refused."""
 
 import dataclasses
+import importlib
 import json
 import sys
 import types
@@ -328,6 +329,7 @@ def command(capsys, monkeypatch, tmp_path):
             return np.array([len(text) % 10 / 10 for text in texts], dtype=np.float32)
 
     module.ToxicityClassifier = ToxicityClassifier
+    importlib.import_module("rectify.builders.command")  # with what it needs of the true detectors
     for name in ("rectify.detectors", "rectify.detectors.classifier"):
         monkeypatch.setitem(sys.modules, name, module)
     texts = tmp_path / "texts.csv"
