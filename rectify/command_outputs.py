@@ -35,7 +35,7 @@ def held_outputs(arguments: Any, folders: Sequence[str] = _FOLDERS) -> Iterator[
     for part in arguments if isinstance(arguments, tuple) else (arguments,):
         values |= vars(part)
     names = [name for name in dict.fromkeys((*folders, *_FILES)) if isinstance(values.get(name) or None, str | Path)]
-    _refuse_other_uses(values, names)
+    _refuse_other_uses(values, names, folders)
     with ExitStack() as stack:
         if next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0":
             for name in names:
@@ -43,13 +43,15 @@ def held_outputs(arguments: Any, folders: Sequence[str] = _FOLDERS) -> Iterator[
         yield
 
 
-def _refuse_other_uses(values: Mapping[str, Any], outputs: Sequence[str]) -> None:
+def _refuse_other_uses(values: Mapping[str, Any], outputs: Sequence[str], folders: Sequence[str]) -> None:
     for name, shown in ((name, str(values[name])) for name in outputs):
         for other, value in values.items():
             if other in _NO_PATHS or other == name:
                 continue
             for place in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(place, str | Path) and _is_same(shown, place, other in {*outputs, "cache"}):
+                if isinstance(place, str | Path) and _is_same(
+                    shown, place, name in folders, other in {*outputs, "cache"}
+                ):
                     raise OutputError(f"{name} {shown!r} is {_called(other)} as well: give another one")
 
 
@@ -57,11 +59,11 @@ def _called(name: str) -> str:
     return {"files": "an input", "texts": "an input", "cache": "the cache"}.get(name, f"given as {name}")
 
 
-def _is_same(one: str, other: str | Path, written: bool) -> bool:
-    """Whether two paths lead to one place, by whatever name; `written`: whether the other one will be made too."""
+def _is_same(one: str, other: str | Path, folder: bool, written: bool) -> bool:
+    """Whether an output and another path are one place; `written`: whether that will be made too."""
     try:
         if os.path.exists(one) and os.path.exists(other):
-            if not os.path.samefile(one, other):
+            if not os.path.samefile(one, other) or (folder and not os.path.isdir(one)):
                 return False
             from rectify.hub import POCKET  # names of what is bundled, which are no paths
 
