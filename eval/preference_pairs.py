@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for name, part in zip(("train", "test"), parts, strict=True):
-        write_records(arguments.output_dir / f"{name}.jsonl", part, "w")
+        write_records((arguments.output_dir / f"{name}.jsonl", part))
         say(f"{name}: {len(part)} pairs, {len({record['prompt'] for record in part})} prompts")
 
 

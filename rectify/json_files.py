@@ -6,19 +6,44 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rectify.errors import InvalidArgumentError
+from rectify.run_lock import UNFINISHED_ENDING, cannot_write
 
 
-def write_records(path: Path, records: Iterable[dict[str, Any]], mode: Literal["a", "w"]) -> None:
-    """Append JSON lines to a file, or write them over it; on disk before this returns."""
-    with path.open(mode, encoding="utf-8") as file:
-        file.writelines(map(json_line, records))
-        file.flush()
-        os.fsync(file.fileno())
+def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Append JSON lines to a file, all or none of them; on disk before this returns.
+
+    Raises:
+        OutputError: the system refuses; the file is as it was.
+    """
+    lines = memoryview("".join(map(json_line, records)).encode())
+    try:
+        with path.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                while lines:
+                    lines = lines[file.write(lines) :]
+                os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(size)
+                raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def write_records(*files: tuple[Path, Iterable[dict[str, Any]]]) -> None:
+    """Write files of JSON lines, all of them whole or none.
+
+    Raises:
+        OutputError: the system refuses; the files are as they were.
+    """
+    _replace([(path, map(json_line, records)) for path, records in files])
 
 
 def json_line(record: dict[str, Any]) -> str:
@@ -58,10 +83,32 @@ def without_undefined(value: Any) -> Any:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may write it at the same time
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+    """Write a text file, whole or not at all.
+
+    Raises:
+        OutputError: the system refuses; the file is as it was.
+    """
+    _replace([(path, [text])])
+
+
+def _replace(files: Sequence[tuple[Path, Iterable[str]]]) -> None:
+    fresh: list[Path] = []
+    path = None
+    try:
+        for path, parts in files:
+            fresh.append(path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED_ENDING}"))  # others may write it
+            with fresh[-1].open("w", encoding="utf-8", newline="") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut may leave an empty file under the new name
+        for (path, _), each in zip(files, fresh, strict=True):
+            os.replace(each, path)
+    except OSError as error:
+        raise cannot_write(path or "", error) from error
+    finally:
+        for each in fresh:
+            with suppress(OSError):
+                each.unlink(missing_ok=True)
 
 
 def sha256_of(value: Any) -> str:

@@ -123,4 +123,4 @@ def main(argv: list[str] | None = None, prog: str = "rectify import") -> int:
     parser.add_argument("folder", help="folder that the published train.py saved")
     parser.add_argument("output", help="folder for the Q network")
     parser.add_argument("--tokenizer", help="folder or Hub id of its tokenizer, so that another vocabulary is refused")
-    return execute(run, parser, argv)
+    return execute(run, parser, argv, folders=("output",))

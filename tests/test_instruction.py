@@ -395,7 +395,7 @@ def test_a_detector_is_a_scorer_and_a_verb_writes_records_and_a_table(trained, t
     assert len(output.read_text().splitlines()) == 2
     assert "was begun with seed" in run_command(main, capsys, *call, "--seed", "1")[2]
     for taken in (texts, output):
-        assert "is an input or the output as well" in run_command(main, capsys, *call, "--csv", taken)[2]
+        assert "as well: give another one" in run_command(main, capsys, *call, "--csv", taken)[2]
     code, out, err = run_command(
         main,
         capsys,

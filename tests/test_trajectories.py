@@ -1,6 +1,7 @@
 """Trajectories: texts to prompts, selection, resuming, labelled texts, and what is refused."""
 
 import dataclasses
+import importlib
 import json
 import sys
 import types
@@ -328,7 +329,9 @@ def command(capsys, monkeypatch, tmp_path):
             return np.array([len(text) % 10 / 10 for text in texts], dtype=np.float32)
 
     module.ToxicityClassifier = ToxicityClassifier
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    importlib.import_module("rectify.builders.command")  # with what it needs of the true detectors
+    for name in ("rectify.detectors", "rectify.detectors.classifier"):
+        monkeypatch.setitem(sys.modules, name, module)
     texts = tmp_path / "texts.csv"
     texts.write_text("text,label\nYou are such a,1\nThe weather in May,0\nNobody likes the rain,0.2\n")
 

@@ -241,7 +241,13 @@ class CmdBuild:
         if before >= 0:
             settings["input_sha256"] = file_sha256(self.path(STAGES[before]))
         file = GenerationFile(self.path(stage), settings)
-        file.complete(items, self.settings.batch_size, lambda batch, _: list(map(to_json, work(batch))), stage)
+        file.complete(
+            items,
+            self.settings.batch_size,
+            lambda batch, _: list(map(to_json, work(batch))),
+            lambda record, item: record["prompt"] == _prompt_of(item),
+            stage,
+        )
         return self.counts(stage)
 
     def _kept(self, stage: str, kind: type[Item]) -> list[Item]:
@@ -275,6 +281,12 @@ class CmdBuild:
 
     def _named(self, *names: str) -> dict[str, str | None]:
         return {name: self.tools.names.get(name) for name in names}
+
+
+def _prompt_of(item: Any) -> str:
+    """The prompt of what a stage makes a record of: a text, a record, or a record and something beside it."""
+    item = item[0] if isinstance(item, tuple) else item
+    return item if isinstance(item, str) else item.prompt
 
 
 def _described(scorer: Scorer) -> dict[str, str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 
 from rectify.builders import cmd_command, rationales_command, spans_command
-from rectify.builders.selection import sample_items
+from rectify.builders.selection import TRAIN, VALIDATION, sample_items
 from rectify.builders.settings import KEEP, REWARDS, TrajectorySettings
 from rectify.builders.trajectories import build_trajectories, label_trajectories
 from rectify.command_line import Parser, execute, say
-from rectify.errors import InvalidArgumentError
+from rectify.errors import InvalidArgumentError, OutputError
 from rectify.hub import DTYPES, available_device, load_language_model
 from rectify.methods.specs import parse_method
 from rectify.text_files import TEXT_COLUMN, read_labelled_texts, read_texts
@@ -104,6 +105,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.kind in others:
         others[arguments.kind](arguments)
         return
+    for name in (TRAIN, VALIDATION):
+        place = Path(arguments.output_dir) / name
+        if any(place.resolve() == Path(text).resolve() for text in arguments.texts):
+            raise OutputError(f"output_dir {arguments.output_dir!r} gets a {name}, which texts name: give another")
     given = vars(arguments)
     chosen = {field.name: given[field.name] for field in fields(TrajectorySettings) if field.name in given}
     settings = TrajectorySettings(**chosen)

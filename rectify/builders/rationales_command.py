@@ -12,7 +12,6 @@ from rectify.builders.selection import sample_items
 from rectify.chat import CHATS, CachedChat, ReplyCache, make_chat
 from rectify.command_line import say
 from rectify.detectors.templates import TEMPLATES
-from rectify.errors import InvalidArgumentError
 from rectify.json_files import write_records
 from rectify.text_files import TEXT_COLUMN, one_a_file
 from rectify.training.instruction_rows import read_instruction_rows
@@ -54,11 +53,6 @@ def run(arguments: argparse.Namespace) -> None:
     """
     template = TEMPLATES[arguments.template]
     files, output = arguments.texts, Path(arguments.output)
-    if output.is_dir():
-        raise InvalidArgumentError(f"output {str(output)!r} is a folder: give a file")
-    if output.resolve() in (Path(file).resolve() for file in files):
-        raise InvalidArgumentError(f"output {str(output)!r} is an input as well: give another file")
-    output.parent.mkdir(parents=True, exist_ok=True)
     texts = one_a_file("text_column", arguments.text_column, len(files))
     labels = one_a_file("label_column", arguments.label_column, len(files))
     found = read_instruction_rows(files, template, texts, labels, arguments.label_classes)
@@ -80,10 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         if chat.reused:
             say(f"cache: {chat.reused} replies were known")
-    for path, records in ((output, written.kept), (output.with_name(f"{output.name}.dropped"), written.dropped)):
-        fresh = path.with_name(f"{path.name}.tmp")
-        write_records(fresh, records, "w")
-        fresh.replace(path)
+    write_records((output, written.kept), (output.with_name(f"{output.name}.dropped"), written.dropped))
     say(f"rationales: {written}")
     if written.failures:
         say("those without a reply may get one another time: run the same command again")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -151,12 +150,7 @@ def write_split(
     held = [record for place, record in placed if place < validation_share]
     train = [record for place, record in placed if place >= validation_share]
     counts.train, counts.validation = len(train), len(held)
-    fresh = []
-    for name, content in ((TRAIN, train), (VALIDATION, held)):
-        fresh.append(folder / f"{name}.tmp")
-        write_records(fresh[-1], content, "w")
-    for path in fresh:
-        os.replace(path, path.with_suffix(""))
+    write_records((folder / TRAIN, train), (folder / VALIDATION, held))
 
 
 def _chance(*parts: object) -> float:

@@ -81,7 +81,13 @@ def label_spans(
         "texts": sha256_of(list(texts)),
     }
     file = GenerationFile(output, settings)
-    file.complete(list(texts), _TEXTS, lambda some, _: _records(some, scorer, _units(some, tokenizer)), "spans")
+    file.complete(
+        list(texts),
+        _TEXTS,
+        lambda some, _: _records(some, scorer, _units(some, tokenizer)),
+        lambda record, text: record["text"] == text and record.keys() >= {"spans", "unscored"},
+        "spans",
+    )
     return _counted(file.path)
 
 

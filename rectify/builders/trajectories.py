@@ -96,7 +96,12 @@ def build_trajectories(
             for prompt, row in zip(batch, texts, strict=True)
         ]
 
-    file.complete(prompts, settings.prompts_a_batch, make)
+    file.complete(
+        prompts,
+        settings.prompts_a_batch,
+        make,
+        lambda record, prompt: record["prompt"] == prompt.record["prompt"] and len(record["generations"]) == settings.n,
+    )
     compile_trajectories(file.path, settings, counts)
     return counts
 

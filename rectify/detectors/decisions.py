@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from rectify.errors import InvalidArgumentError
 from rectify.generation.output import GenerationFile
 from rectify.hub import available_device
 from rectify.json_files import sha256_of, write_whole
+from rectify.resumable import records_of
 from rectify.sampling import Sampling
 from rectify.scoring.cascade import CascadeConfig, calibrated, free_memory, load_part
 from rectify.scoring.scores import ATTRIBUTES
@@ -88,6 +88,8 @@ def decisions(
     config = CascadeConfig.from_pretrained(path, allow)
     how = {name: value for name, value in asdict(config).items() if name != "training"}
     final = _file(spec, texts, writing, output, **how)
+    if final is not None:
+        final.check(texts, _is_of)
     if final is not None and final.done == len(texts):
         return _records_of(final)
     beside = [None if output is None else Path(f"{output}.{part}.jsonl") for part in ("small", "large")]
@@ -137,6 +139,8 @@ def _one(
 ) -> list[Record]:
     """The records of a detector that is no cascade; it is in memory no longer than that."""
     file = _file(spec, texts, writing, output)
+    if file is not None:
+        file.check(texts, _is_of)
     records = _records_of(file)
     if len(records) < len(texts):
         _decide_rest(spec, texts, writing, device, file, records, allow)
@@ -166,10 +170,11 @@ def _decide_rest(
 
 
 def _records_of(file: GenerationFile | None) -> list[Record]:
-    if file is None or not file.done:
-        return []
-    with file.path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    return [] if file is None or not file.done else list(records_of(file.path))
+
+
+def _is_of(record: Record, text: str) -> bool:
+    return record["text"] == text and record.keys() >= set(COLUMNS)
 
 
 def _by_scores(spec: str, device: str | None, allow: Sequence[str]) -> Decide:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from pathlib import Path
 
 from rectify.command_line import Parser, execute, say
 from rectify.detectors.decisions import UNPARSED, Writing, decisions, write_table
@@ -65,13 +64,6 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = {name: getattr(arguments, name) for name in ("temperature", "top_p", "top_k")}
     if not arguments.do_sample and any(value is not None for value in sampling.values()):
         raise InvalidArgumentError("temperature, top_p or top_k is given without do_sample: add --do_sample")
-    if arguments.csv:  # made now, as it is written at the end
-        if Path(arguments.csv).is_dir():
-            raise InvalidArgumentError(f"csv {arguments.csv!r} is a folder: give a file")
-        others = [*arguments.files, *([arguments.output] if arguments.output else [])]
-        if Path(arguments.csv).resolve() in (Path(path).resolve() for path in others):
-            raise InvalidArgumentError(f"csv {arguments.csv!r} is an input or the output as well: give another file")
-        Path(arguments.csv).parent.mkdir(parents=True, exist_ok=True)
     texts = arguments.text or read_texts(arguments.files, arguments.text_column)
     writing = Writing(
         write=arguments.write or arguments.do_sample,

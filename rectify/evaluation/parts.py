@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,24 @@ class Parts:
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
         """Those of the parts that are not there yet."""
-        return [number for number in numbers if not self.path(number).exists()]
+        return [number for number in numbers if not self._is_whole(number)]
+
+    def _is_whole(self, number: int) -> bool:
+        """Whether a part is there, and no crash has left it empty, cut, or full of NUL bytes."""
+        try:
+            with self.path(number).open("rb") as file:
+                first = file.read(1)
+                file.seek(-1, os.SEEK_END)
+                return first not in (b"", b"\0") and file.read() == b"\n"
+        except OSError:
+            return False
 
     def complete(
         self, numbers: Iterable[int], make: Callable[[int], Any], done: Callable[[], Any] = lambda: None
     ) -> None:
         """Make those that are not there; `done` is called after each part, made now or before."""
         for number in numbers:
-            if not self.path(number).exists():
+            if not self._is_whole(number):
                 write_json(self.path(number), make(number), indent=None)
             done()
 

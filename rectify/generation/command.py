@@ -24,9 +24,12 @@ from rectify.methods.method import Decoder, Method
 from rectify.methods.rectification import Rectify
 from rectify.methods.specs import METHODS
 from rectify.processor import RectificationProcessor, Statistics
+from rectify.resumable import same_json
 from rectify.rule import RULES
 from rectify.sampling import Sampling
 from rectify.version import __version__
+
+_GENERATED = {"generations", "base_generations"}
 
 Arms = dict[str, Decoder]
 """What continues the prompts, the base first, by the names that are shown."""
@@ -258,8 +261,14 @@ def _write(generator: Generator, arms: Arms, prompts: list[Prompt], batch_size: 
             records.append(record)
         return records
 
-    file.complete(prompts, batch_size, make)
+    file.complete(prompts, batch_size, make, _is_of)
     say(f"output: {file.path}, {file.done} records")
+
+
+def _is_of(record: dict[str, Any], prompt: Prompt) -> bool:
+    """Whether a record with generations is that of a prompt."""
+    kept = [{key: value for key, value in one.items() if key not in _GENERATED} for one in (record, prompt.record)]
+    return "generations" in record and same_json(*kept)
 
 
 def _summary(statistics: Statistics) -> str:

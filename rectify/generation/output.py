@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from rectify.errors import InvalidArgumentError
 from rectify.generation.generator import batches
-from rectify.json_files import write_json, write_records
+from rectify.json_files import append_records, write_json
+from rectify.resumable import check_records, drop_broken_end
+from rectify.run_lock import RunLock
 
 Records = list[dict[str, Any]]
 
@@ -21,7 +23,8 @@ Item = TypeVar("Item")
 class GenerationFile:
     """A file of generation records that can be continued by the run that began it.
 
-    Beside it, `FILE.settings.json` holds what determines its content; a run with other settings is refused.
+    Beside it, `FILE.settings.json` holds what determines its content; a run with other settings is refused. While the
+    object lives, no other run can open the file, by whatever name.
 
     Args:
         path: the file; its folder is made.
@@ -29,21 +32,32 @@ class GenerationFile:
 
     Raises:
         InvalidArgumentError: the file is there and was written with other settings, or by something else.
+        OutputError: it cannot be written, or another run is writing it.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
         self.path = Path(path)
-        if self.path.is_dir():
-            raise InvalidArgumentError(f"output {str(path)!r} is a folder: give a file")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = RunLock(self.path)
+        self.done = 0
+        """How many records the file holds."""
+        try:
+            self._begin(json.loads(json.dumps(settings)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, settings: dict[str, Any]) -> None:
         beside = self.path.with_name(self.path.name + ".settings.json")
-        settings = json.loads(json.dumps(settings))
         if self.path.exists() and self.path.stat().st_size:
+            self._lock.own_file()
             self._check(beside, settings)
+            self.done = drop_broken_end(self.path)
         else:
             write_json(beside, settings)
-        self.done = self._drop_unfinished_line()
-        """How many records the file holds."""
+
+    def close(self) -> None:
+        """Let other runs have the file; this object is of no more use then."""
+        self._lock.release()
 
     def _check(self, beside: Path, settings: dict[str, Any]) -> None:
         if not beside.exists():
@@ -52,9 +66,9 @@ class GenerationFile:
             )
         try:
             former = json.loads(beside.read_text(encoding="utf-8"))
-        except ValueError as error:
+            differing = [key for key in {**former, **settings} if former.get(key) != settings.get(key)]
+        except (ValueError, RecursionError, AttributeError, TypeError) as error:
             raise InvalidArgumentError(f"{str(beside)!r} is broken ({error}): remove it and the output") from error
-        differing = [key for key in {**former, **settings} if former.get(key) != settings.get(key)]
         if differing:
             key = differing[0]
             raise InvalidArgumentError(
@@ -62,17 +76,23 @@ class GenerationFile:
                 "give the same settings, remove it, or give another file"
             )
 
-    def _drop_unfinished_line(self) -> int:
-        if not self.path.exists():
-            return 0
-        with self.path.open("r+b") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
-        return content.count(b"\n")
+    def check(self, items: Iterable[Item], belongs: Callable[[dict[str, Any], Item], bool]) -> None:
+        """Refuse the file where what it holds are not the records of the first items; see `check_records`.
+
+        Raises:
+            InvalidArgumentError: a line, named by its number, is none of theirs.
+        """
+        if self.done:
+            check_records(self.path, items, belongs)
 
     def append(self, records: Records) -> None:
-        """Add records, on disk before this returns."""
-        write_records(self.path, records, "a")
+        """Add records, on disk before this returns, or none of them.
+
+        Raises:
+            OutputError: they cannot be written; what the file holds stays.
+        """
+        self._lock.own_file()
+        append_records(self.path, records)
         self.done += len(records)
 
     def complete(
@@ -80,6 +100,7 @@ class GenerationFile:
         prompts: list[Item],
         batch_size: int,
         make: Callable[[list[Item], int], Records],
+        belongs: Callable[[dict[str, Any], Item], bool],
         label: str | None = None,
     ) -> None:
         """Add the records that are missing, with a progress bar.
@@ -88,13 +109,23 @@ class GenerationFile:
             prompts: all of them, or what else makes a record each; the file holds the records of the first `done`.
             batch_size: prompts at a time.
             make: from a batch and its number to a record for each of its prompts.
+            belongs: whether a record that the file holds is a prompt's.
             label: what the progress bar is called.
+
+        Raises:
+            InvalidArgumentError: the file holds something else than the records of the first prompts.
+            OutputError: it cannot be written; what it holds stays, and is gone on from.
         """
-        self.path.touch()  # no record makes a file too
-        with tqdm(total=len(prompts), initial=self.done, desc=label, unit="prompt", disable=None) as progress:
-            for number, batch in batches(prompts, batch_size):
-                written = max(0, self.done - number * batch_size)
-                if written < len(batch):
-                    # a batch is sampled as a whole, also when some of its records are there
-                    self.append(make(batch, number)[written:])
-                    progress.update(len(batch) - written)
+        try:
+            self.check(prompts, belongs)
+            self._lock.own_file()  # no record makes a file too
+            with tqdm(total=len(prompts), initial=self.done, desc=label, unit="prompt", disable=None) as progress:
+                for number, batch in batches(prompts, batch_size):
+                    written = max(0, self.done - number * batch_size)
+                    if written < len(batch):
+                        # a batch is sampled as a whole, also when some of its records are there
+                        self.append(make(batch, number)[written:])
+                        progress.update(len(batch) - written)
+        except BaseException:
+            self.close()
+            raise

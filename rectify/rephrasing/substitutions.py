@@ -199,7 +199,7 @@ class Substitutions:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG_FILE, asdict(self.config))
-        write_records(folder / COUNTS_FILE, self._records(), "w")
+        write_records((folder / COUNTS_FILE, self._records()))
 
     @property
     def digest(self) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from rectify.command_line import Parser, execute, say
@@ -74,10 +73,6 @@ def _inputs(arguments: argparse.Namespace) -> Inputs:
     if bool(arguments.files) == bool(arguments.text):
         given = "both given" if arguments.text else "both missing"
         raise InvalidArgumentError(f"FILE and text are {given}: give the one or the other")
-    if arguments.output is not None:
-        for name, paths in (("an input", arguments.files), ("the cache", [arguments.cache] if arguments.cache else [])):
-            if Path(arguments.output).resolve() in (Path(path).resolve() for path in paths):
-                raise InvalidArgumentError(f"output {arguments.output!r} is {name} as well: give another file")
     if arguments.batch_size < 1:
         raise InvalidArgumentError(f"batch_size is {arguments.batch_size}: give 1 or more")
     texts = tuple(arguments.text or ())

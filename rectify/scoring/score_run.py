@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from rectify.command_line import say
 from rectify.errors import InvalidArgumentError
 from rectify.generation.output import GenerationFile
 from rectify.json_files import json_line, sha256_of
+from rectify.resumable import same_json
 from rectify.scoring.records import ERROR, SCORES, VERDICT, Place, Record, at, read_records
 from rectify.scoring.scores import Judge, Reason, Scorer, Scores, check_attributes, is_judge
 from rectify.scoring.streams import gathered, parts
@@ -213,7 +213,7 @@ def write_scores(
     if output is not None:
         settings = {"scorer": scorer.name, "revision": scorer.revision, "attributes": asked, "inputs": inputs.digest()}
         file = GenerationFile(output, settings)
-        _count_done(file, records, tally)
+        file.check(records, partial(_counted, tally))
         if file.done:
             say(f"output: {file.path} holds {tally.texts} of {total} texts; going on from there")
     with tqdm(total=total, initial=tally.texts, unit="text", disable=None) as progress:
@@ -229,18 +229,14 @@ def write_scores(
     return tally
 
 
-def _count_done(file: GenerationFile, records: Iterator[Record], tally: Tally) -> None:
-    """Pass over the records that the file holds, and count them."""
-    if not file.done:
-        return
-    counted = 0
-    try:
-        with file.path.open("rb") as lines:
-            for line, record in zip(lines, islice(records, file.done), strict=True):
-                tally.add(json.loads(line), record.places)
-                counted += 1
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InvalidArgumentError(
-            f"output {str(file.path)!r}, line {counted + 1}: not what this run wrote there: remove the file, or give "
-            "another one"
-        ) from error
+def _counted(tally: Tally, found: dict[str, Any], record: Record) -> bool:
+    """Whether what a file holds is a record with scores; it is counted then."""
+    if not same_json(*(_without_scores(value, record) for value in (found, record.value))):
+        return False
+    tally.add(found, record.places)
+    return True
+
+
+def _without_scores(value: Any, record: Record) -> dict[str, Any]:
+    count = len(record.places)
+    return replace(record, value=value).scored((), np.empty((count, 0)), [None] * count, [None] * count)
