@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,7 +22,7 @@ class Access:
         clock: seconds, never going back.
 
     Raises:
-        InvalidArgumentError: a key is empty, or the quota is below 1.
+        InvalidArgumentError: a key is empty or not of printable ASCII, or the quota is below 1.
     """
 
     def __init__(
@@ -32,6 +33,10 @@ class Access:
     ) -> None:
         if isinstance(api_keys, str) or not all(api_keys):
             raise InvalidArgumentError("api_keys is no sequence of keys, or one is empty: give another")
+        if not all(re.fullmatch(r"[!-~]+", key) for key in api_keys):  # the message must not show it
+            raise InvalidArgumentError(
+                "api_keys hold one with blanks or other than ASCII, as no header can: give another"
+            )
         if quota_per_minute is not None and quota_per_minute < 1:
             raise InvalidArgumentError(f"quota_per_minute is {quota_per_minute}: give 1 or more, or None for no limit")
         # digests are all of one length, so that comparing them takes the same time whatever is given
@@ -59,8 +64,12 @@ class Access:
             raise key_error()
         return given
 
-    def count(self, caller: bytes) -> None:
-        """Count a call of someone who came in; minutes begin with a call.
+    def count(self, caller: bytes, calls: int = 1) -> None:
+        """Count calls of someone who came in; minutes begin with a call.
+
+        Args:
+            caller: as from `enter`.
+            calls: how many; none to ask whether there may be one.
 
         Raises:
             WireError: the quota of this minute is used up.
@@ -73,7 +82,7 @@ class Access:
             began, used = now, 0
         if used >= self._quota:
             raise quota_error(self._quota, retry_after=max(1, math.ceil(began + 60 - now)))
-        self._used[caller] = began, used + 1
+        self._used[caller] = began, used + calls
 
 
 def _digest(key: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,6 +69,8 @@ class PocketScorer:
         >>> scores["TOXICITY"]  # the last is NaN
     """
 
+    reentrant = True
+
     def __init__(
         self,
         config: ScorerConfig,
@@ -87,6 +90,7 @@ class PocketScorer:
             raise InvalidArgumentError(f"the tokenizer has {len(tokenizer)} tokens, the model fewer: give its own")
         self.config, self.model, self.tokenizer, self.batch_size = config, model.eval(), tokenizer, batch_size
         self.name = "pocket"
+        self._settling = threading.Lock()
         self.attributes = tuple(config.attributes)
         self.revision = f"{config.version}-unsaved"
 
@@ -168,8 +172,11 @@ class PocketScorer:
             return [], []
         # without offsets, which a score needs nothing of, it takes half the time
         fast = cast(Any, self.tokenizer).backend_tokenizer
-        fast.enable_truncation(self.config.max_length, stride=self.config.max_length // 4)
-        fast.no_padding()
+        wanted = {"max_length": self.config.max_length, "stride": self.config.max_length // 4}
+        with self._settling:  # another thread may be reading, and then nothing may be set
+            if fast.padding is not None or not wanted.items() <= (fast.truncation or {}).items():
+                fast.enable_truncation(**wanted)
+                fast.no_padding()
         windows: list[list[int]] = []
         owners: list[int] = []
         for owner, encoding in enumerate(fast.encode_batch_fast(list(texts))):

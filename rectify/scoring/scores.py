@@ -103,6 +103,8 @@ class Scorer(Protocol):
         name: as on the command line.
         revision: of what it computes: scores with equal name and revision may be compared and reused.
         attributes: what it scores.
+
+    One whose `score` may be called by two threads at once says so with an attribute `reentrant = True`.
     """
 
     name: str

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from urllib.parse import parse_qs
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rectify.errors import WireError
 from rectify.scoring.access import Access
-from rectify.scoring.batching import Batcher
+from rectify.scoring.batching import Batcher, Flow
+from rectify.scoring.bodies import Intake
 from rectify.scoring.discovery import VERSION, discovery_document
-from rectify.scoring.http_batch import format_batch, parse_batch
+from rectify.scoring.failures import kind_and_place
+from rectify.scoring.http_batch import InnerCall, first_key, format_batch, key_of_query, parse_batch
 from rectify.scoring.page import PAGE_POLICY, page
+from rectify.scoring.public_address import check_origin, check_public_url, own_url
 from rectify.scoring.scores import Scorer, check_attributes
-from rectify.scoring.service import Reply, Service
+from rectify.scoring.service import MAX_BODY, Reply, Service
 from rectify.scoring.wire import ANALYZE_PATH, SUGGEST_PATH
-from rectify.scoring.wire_errors import method_error, path_error, size_error
+from rectify.scoring.wire_errors import internal_error, method_error, path_error, unavailable_error
 
-MAX_BODY = 2**20
+__all__ = ["MAX_BATCH_BODY", "MAX_BODY", "make_app"]
+
+logger = logging.getLogger(__name__)
+
 MAX_BATCH_BODY = 2**23
-_BODY_SECONDS = 30.0
+_CALLS_AT_ONCE = 16  # of a batch, so that no batch fills the queue of the scorer
 _QUERY = "rectify.query"
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
@@ -44,6 +53,8 @@ def make_app(
     max_batch: int = 64,
     max_delay: float = 0.002,
     time_limit: float = 60.0,
+    cors: Sequence[str] = (),
+    public_url: str | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Starlette:
     """The server as an ASGI application. It keeps and logs no text and no key.
@@ -55,7 +66,9 @@ def make_app(
         api_keys: those that are accepted, as the parameter `key` or the header `X-Goog-Api-Key`; none to take any.
         quota_per_minute: calls of each key, or of all callers together where there are no keys; `None` for no limit.
         max_batch, max_delay: texts in a batch of the scorer's, and seconds that one waits to be filled.
-        time_limit: seconds until a call is given up.
+        time_limit: seconds until a call, or a batch of calls, is given up.
+        cors: origins of other sites whose pages may call, as `"https://app.example"`; `"*"` for any.
+        public_url: where clients reach the server, for the discovery document; by default it is where they did.
         clock: seconds, never going back; for tests.
 
     Raises:
@@ -71,14 +84,16 @@ def make_app(
     asked = check_attributes(scorer, scorer.attributes if attributes is None else attributes)
     batcher = Batcher(scorer, max_batch=max_batch, max_delay=max_delay)
     access = Access(api_keys, quota_per_minute, clock)
-    endpoints = _Endpoints(scorer, Service(batcher, access, asked, languages, time_limit))
+    service = Service(batcher, access, asked, languages, time_limit)
+    endpoints = _Endpoints(scorer, service, None if public_url is None else check_public_url(public_url))
+    origins = [check_origin(origin) for origin in cors]
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            await batcher.close()
+            await service.close()
 
     app = Starlette(
         routes=[
@@ -89,12 +104,26 @@ def make_app(
             Route("/healthz", endpoints.health),
             Route("/", endpoints.page),
         ],
-        middleware=[Middleware(_QueryTaken)],
+        middleware=[
+            *([Middleware(CORSMiddleware, **_cross_origin(origins))] if origins else []),
+            Middleware(_QueryTaken),
+            Middleware(_Guard),
+        ],
         exception_handlers={HTTPException: _refuse},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     return app
+
+
+def _cross_origin(origins: Sequence[str]) -> dict[str, Any]:
+    """The settings of CORS: no credentials but keys, which pages of other sites must know themselves."""
+    return {
+        "allow_origins": origins,
+        "allow_methods": ["GET", "HEAD", "POST"],
+        "allow_headers": ["*"],  # Google's clients for browsers send many of their own
+        "expose_headers": ["Retry-After"],
+    }
 
 
 class _QueryTaken:
@@ -109,36 +138,97 @@ class _QueryTaken:
         await self.app(scope, receive, send)
 
 
+class _Guard:
+    """Answers what goes wrong anywhere below: the server would log the message of the error, which may hold a text."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        # a client that waits for leave to send a body, and gets an answer instead, may yet send it: as a next request
+        waiting = any(name == b"expect" for name, _ in scope["headers"])
+        answered = False
+
+        async def hear() -> Message:
+            nonlocal waiting
+            waiting = False
+            return await receive()
+
+        async def tell(message: Message) -> None:
+            nonlocal answered
+            if message["type"] == "http.response.start":
+                answered = True
+                if waiting:
+                    message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        try:
+            await self.app(scope, hear, tell)
+        except asyncio.CancelledError:  # the server ends
+            if not answered:
+                await _response(Reply.of_error(unavailable_error()))(scope, hear, tell)
+            raise
+        except Exception as error:  # whatever it is
+            logger.error("a request failed: %s", kind_and_place(error))
+            if not answered:
+                await _response(Reply.of_error(internal_error()))(scope, hear, tell)
+
+
 class _Endpoints:
-    def __init__(self, scorer: Scorer, service: Service) -> None:
-        self.scorer, self.service = scorer, service
+    def __init__(self, scorer: Scorer, service: Service, public_url: str | None) -> None:
+        self.scorer, self.service, self.public_url = scorer, service, public_url
+        self.intake = Intake()
 
     async def call(self, request: Request) -> Response:
         """One call."""
+        key = _key(request)
         try:
-            body = await _read(request, MAX_BODY)
+            self.service.admit(key)
+            async with self.intake.body(request, MAX_BODY) as body:
+                return _response(await self.service.answer(request.scope["path"], key, body))
         except WireError as error:
             return _response(Reply.of_error(error))
-        return _response(await self.service.answer(request.scope["path"], _key(request), body))
 
     async def batch(self, request: Request) -> Response:
         """Calls in Google's batch format; each has a key of its own, and counts by itself."""
-        outer = _key(request)
+        outer, kind = _key(request), request.headers.get("Content-Type", "")
         try:
-            calls = parse_batch(request.headers.get("Content-Type", ""), await _read(request, MAX_BATCH_BODY))
+            # Google's client puts the key into the calls only, so that a short batch is to be read anyhow
+            if outer or not self.service.access.needs_key:
+                self.service.admit(outer)
+            async with self.intake.body(
+                request, MAX_BATCH_BODY, lambda body: self.service.admit(first_key(kind, body) or outer)
+            ) as body:
+                calls = await self.service.read(functools.partial(parse_batch, kind), body)
+                body.clear()
+                replies = await self._replies(calls, outer)
         except WireError as error:
             return _response(Reply.of_error(error))
-        replies = await asyncio.gather(
-            *(self.service.answer(call.path, call.key or outer, call.body) for call in calls)
-        )
-        kind, content = format_batch(calls, [(reply.status, reply.data) for reply in replies])
-        return Response(content, media_type=kind, headers=_HEADERS)
+        media_type, content = format_batch(calls, [(reply.status, reply.data) for reply in replies])
+        return Response(content, media_type=media_type, headers=_HEADERS)
+
+    async def _replies(self, calls: Sequence[InnerCall], outer: str) -> list[Reply]:
+        flow = Flow(asyncio.get_running_loop().time() + self.service.time_limit)
+        replies: list[Reply] = [Reply({})] * len(calls)
+
+        async def work(numbered: Iterator[tuple[int, InnerCall]]) -> None:
+            for number, call in numbered:
+                replies[number] = await self.service.answer(call.path, call.key or outer, call.body, flow)
+                await asyncio.sleep(0)  # an answer without a score waits for nothing
+
+        numbered = iter(enumerate(calls))  # of which each takes the next
+        await asyncio.gather(*(work(numbered) for _ in range(_CALLS_AT_ONCE)))
+        return replies
 
     async def discovery(self, request: Request) -> Response:
         """What Google's clients make themselves of."""
-        if _query(request, "version") != VERSION:
+        if f"version={VERSION}" not in _query(request).split("&"):
             return _response(Reply.of_error(WireError("Discovery document not found.", None, 404, "NOT_FOUND")))
-        return _response(Reply(discovery_document(str(request.base_url))))
+        url = self.public_url or own_url(request.scope, request.headers.get("Host", ""))
+        return _response(Reply(discovery_document(url)))
 
     async def health(self, request: Request) -> Response:
         """What the server is."""
@@ -155,32 +245,12 @@ class _Endpoints:
         return Response(content, media_type="text/html", headers=_HEADERS | {"Content-Security-Policy": PAGE_POLICY})
 
 
-async def _read(request: Request, limit: int) -> bytes:
-    """The body.
-
-    Raises:
-        WireError: it is too long, too slow, or broken off.
-    """
-    if int(request.headers.get("Content-Length") or 0) > limit:  # a number: the server has seen to that
-        raise size_error(limit)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise size_error(limit)
-    except (TimeoutError, ClientDisconnect):
-        raise WireError("The request did not come whole.", None, 408, "DEADLINE_EXCEEDED") from None
-    return bytes(body)
-
-
-def _query(request: Request, name: str) -> str:
-    return parse_qs(request.scope[_QUERY].decode("latin-1")).get(name, [""])[0]
+def _query(request: Request) -> str:
+    return request.scope[_QUERY].decode("latin-1")
 
 
 def _key(request: Request) -> str:
-    return request.headers.get("X-Goog-Api-Key") or _query(request, "key")
+    return request.headers.get("X-Goog-Api-Key") or key_of_query(_query(request))
 
 
 def _response(reply: Reply) -> Response:

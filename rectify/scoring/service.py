@@ -6,14 +6,15 @@ import asyncio
 import json
 import logging
 import math
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rectify.errors import InvalidArgumentError, ScoringError, UnavailableError, WireError
 from rectify.scoring.access import Access
-from rectify.scoring.batching import Batcher
+from rectify.scoring.batching import Batcher, Flow
+from rectify.scoring.failures import kind_and_place
 from rectify.scoring.scores import Reason, Scores
 from rectify.scoring.sentences import sentence_spans
 from rectify.scoring.wire import (
@@ -28,11 +29,24 @@ from rectify.scoring.wire import (
     parse_suggest_request,
     suggest_response,
 )
-from rectify.scoring.wire_errors import detection_error, empty_error, language_error, path_error
+from rectify.scoring.wire_errors import (
+    detection_error,
+    empty_error,
+    internal_error,
+    language_error,
+    path_error,
+    size_error,
+    unavailable_error,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_SPANS = 256
+MAX_BODY = 2**20
+"""Bytes of a call; the longest text, with every character escaped, has an eighth of them."""
+_QUICKLY_READ = 2**15
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -91,40 +105,66 @@ class Service:
         self.batcher, self.access, self.time_limit = batcher, access, time_limit
         self.attributes = tuple(attributes)
         self.languages = None if languages is None else tuple(languages)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._language = self.languages[0] if self.languages else "und"  # undetermined, in BCP 47's words
 
-    async def answer(self, path: str, key: str, body: bytes) -> Reply:
-        """Answer a call; what goes wrong is an answer too.
+    def admit(self, key: str) -> None:
+        """Refuse whoever may not call now, before anything else of a call is read.
+
+        Raises:
+            WireError: the key is missing or wrong, or its quota is used up.
+        """
+        self.access.count(self.access.enter(key), calls=0)
+
+    async def answer(self, path: str, key: str, body: bytes | bytearray, flow: Flow | None = None) -> Reply:
+        """Answer a call, which counts whatever is wrong with it; what goes wrong is an answer too.
 
         Args:
             path: of the method.
             key: the API key, empty where there is none.
             body: JSON.
+            flow: what the call came with; by default it came alone.
         """
         try:
-            caller = self.access.enter(key)
-            if path == ANALYZE_PATH:
-                self.access.count(caller)
-                return Reply(await self._analyze(body))
-            if path == SUGGEST_PATH:
-                suggestion = parse_suggest_request(decode_body(body), self.attributes, self.languages)
+            self.access.count(self.access.enter(key))
+            if path not in (ANALYZE_PATH, SUGGEST_PATH):
+                raise path_error(path)
+            if len(body) > MAX_BODY:
+                raise size_error(MAX_BODY)
+            deadline = min(
+                asyncio.get_running_loop().time() + self.time_limit, math.inf if flow is None else flow.deadline
+            )
+            async with asyncio.timeout_at(deadline):
+                record = await self.read(decode_body, body)
+                if path == ANALYZE_PATH:
+                    return Reply(await self._analyze(record, flow))
+                suggestion = parse_suggest_request(record, self.attributes, self.languages)
                 return Reply(suggest_response(suggestion, self._effective(suggestion.languages)))
-            raise path_error(path)
         except WireError as error:
             return Reply.of_error(error)
         except UnavailableError:
-            return Reply.of_error(_unavailable("The service is currently unavailable."))
+            return Reply.of_error(unavailable_error())
         except TimeoutError:
             return Reply.of_error(_late())
         except ScoringError:  # in the log already
-            return Reply.of_error(_internal())
+            return Reply.of_error(internal_error())
         except Exception as error:  # the server would log its message, which may hold a text
-            place = "".join(traceback.format_tb(error.__traceback__)[-1:]).strip()
-            logger.error("a call failed: %s, %s", type(error), place)
-            return Reply.of_error(_internal())
+            logger.error("a call failed: %s", kind_and_place(error))
+            return Reply.of_error(internal_error())
 
-    async def _analyze(self, body: bytes) -> dict[str, Any]:
-        request = parse_analyze_request(decode_body(body), self.attributes, self.languages)
+    async def read(self, reader: Callable[[bytes | bytearray], Result], body: bytes | bytearray) -> Result:
+        """Give what a reader makes of a body; the event loop does not wait for long ones."""
+        if len(body) <= _QUICKLY_READ:
+            return reader(body)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, reader, body)
+
+    async def close(self) -> None:
+        """Take no more calls."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        await self.batcher.close()
+
+    async def _analyze(self, record: Any, flow: Flow | None) -> dict[str, Any]:
+        request = parse_analyze_request(record, self.attributes, self.languages)
         language = self._effective(request.languages)
         if not request.thresholds:  # all of them were dropped
             return analyze_response(request, {}, language)
@@ -132,8 +172,7 @@ class Service:
         if len(spans) < 2:
             spans = []  # the score of the whole is that of its one sentence
         texts = [request.text, *(request.text[begin:end] for begin, end in spans)]
-        async with asyncio.timeout(self.time_limit):
-            scores = await self.batcher.score(texts, tuple(request.thresholds))
+        scores = await self.batcher.score(texts, tuple(request.thresholds), flow)
         found = {name: _attribute_score(name, request, scores, spans, language) for name in request.thresholds}
         return analyze_response(request, found, language)
 
@@ -178,17 +217,9 @@ def _reason_error(reason: Reason, request: AnalyzeRequest, attribute: str, langu
         case Reason.TIMEOUT:
             return _late()
     if reason.passing:
-        return _unavailable(f"The scorer gives no score at present ({reason}).")
+        return unavailable_error(f"The scorer gives no score at present ({reason}).")
     return WireError(f"The scorer cannot score this comment ({reason}).", "INVALID_REQUEST")
-
-
-def _unavailable(message: str) -> WireError:
-    return WireError(message, None, 503, "UNAVAILABLE", headers={"Retry-After": "1"})
 
 
 def _late() -> WireError:
     return WireError("Deadline expired before operation could complete.", None, 504, "DEADLINE_EXCEEDED")
-
-
-def _internal() -> WireError:
-    return WireError("Internal error encountered.", None, 500, "INTERNAL")

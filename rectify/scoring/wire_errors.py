@@ -184,6 +184,31 @@ def method_error(method: str, allowed: str) -> WireError:
     )
 
 
+def encoding_error(encoding: str) -> WireError:
+    """The body is compressed."""
+    return WireError(f"Content-Encoding {encoding} is not supported: send the body as it is.", None, 415)
+
+
+def internal_error() -> WireError:
+    """The server itself failed."""
+    return WireError("Internal error encountered.", None, 500, "INTERNAL")
+
+
+def unavailable_error(message: str = "The service is currently unavailable.") -> WireError:
+    """There is no answer now, and may be one in a second."""
+    return WireError(message, None, 503, "UNAVAILABLE", headers={"Retry-After": "1"})
+
+
+def broken_error() -> WireError:
+    """The request ended too soon, or came too slowly."""
+    return WireError("The request did not come whole.", None, 408, "DEADLINE_EXCEEDED")
+
+
+def malformed_error() -> WireError:
+    """What came is no HTTP."""
+    return WireError("Invalid HTTP request received.")
+
+
 def size_error(limit: int) -> WireError:
     """The body has more bytes than the limit."""
     return WireError(f"Request payload size exceeds the limit: {limit} bytes.", None, 413)

@@ -28,6 +28,8 @@ from rectify.scoring.wire_errors import (
 MAX_BYTES = 20_480
 ANALYZE_PATH = "/v1alpha1/comments:analyze"
 SUGGEST_PATH = "/v1alpha1/comments:suggestscore"
+_MAX_BRACKETS = 2**16  # the longest text has a third of them; half a million of objects take as many seconds
+_MAX_LANGUAGES = 100
 
 _COMMON = {"comment", "context", "languages", "communityId", "sessionId", "clientToken"}
 _ANALYZE = _COMMON | {"requestedAttributes", "doNotStore", "spanAnnotations", "dropUnsupportedAttributes"}
@@ -91,8 +93,10 @@ def decode_body(data: bytes) -> Any:
     """The JSON of a request's body; names of members may lack their quotes, as in Perspective's own examples.
 
     Raises:
-        WireError: it is no JSON.
+        WireError: it is no JSON, or holds far more objects than any request.
     """
+    if data.count(b"[") + data.count(b"{") > _MAX_BRACKETS:
+        raise payload_error("It holds too many objects.")
     try:
         return json.loads(data, parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -183,7 +187,7 @@ def _common(record: dict[str, Any]) -> tuple[str, tuple[str, ...], str | None]:
     if context.get("entries") and context.get("articleAndParentComment"):
         raise context_error()
     languages = tuple(_typed(record, "languages", list, []))
-    if not all(isinstance(language, str) for language in languages):
+    if len(languages) > _MAX_LANGUAGES or not all(isinstance(language, str) for language in languages):
         raise field_error("languages", "TYPE_STRING")
     for name in ("communityId", "sessionId"):
         _typed(record, name, str, "")
