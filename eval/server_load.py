@@ -136,31 +136,42 @@ def make_parser() -> Parser:
 
 
 @contextmanager
-def serving(flags: Sequence[str], key: str = "") -> Iterator[str]:
-    """The address, without a slash at its end, of a `rectify serve` for the time of a `with` block.
+def served(flags: Sequence[str], said: Path, key: str = "") -> Iterator[tuple[str, subprocess.Popen]]:
+    """The address, without a slash at its end, and the process of a `rectify serve` for the time of a `with` block.
 
     Args:
         flags: of the command, but for host and port.
+        said: a file for what it writes to standard error.
         key: the API key that it wants; empty for none.
 
     Raises:
         RectifyError: it does not come up.
     """
+    environment = {name: value for name, value in os.environ.items() if name != KEYS_VARIABLE}
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            [*COMMAND, "--port", "0", *flags], stderr=file, env=environment | ({KEYS_VARIABLE: key} if key else {})
+        )
+    try:
+        yield _address(process, said), process
+    finally:
+        process.terminate()
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def serving(flags: Sequence[str], key: str = "") -> Iterator[str]:
+    """The address of a `rectify serve`, whose later words are repeated at the end; see `served`."""
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "stderr"
-        with said.open("w") as file:
-            process = subprocess.Popen(
-                [*COMMAND, "--port", "0", *flags], stderr=file, env=os.environ | {KEYS_VARIABLE: key}
-            )
         try:
-            yield _address(process, said)
+            with served(flags, said, key) as (url, _):
+                yield url
         finally:
-            process.terminate()
-            try:
-                process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
             since = said.read_text().partition(" serves at ")[2].partition("\n")[2].strip()
             if since:
                 say(f"the server said: {since}")

@@ -19,7 +19,8 @@ from googleapiclient.errors import HttpError
 
 from rectify.errors import InvalidArgumentError, ScoringError, UnavailableError, UnknownAttributeError
 from rectify.scoring import serve_command
-from rectify.scoring.batching import Batcher
+from rectify.scoring.batching import Batcher, Flow
+from rectify.scoring.connections import patient_protocol
 from rectify.scoring.perspective import PerspectiveScorer
 from rectify.scoring.scores import Reason, Scores, check_attributes, reason_against
 from rectify.scoring.server import MAX_BODY, make_app
@@ -66,7 +67,7 @@ class Running:
 
     def __init__(self, app, **settings):
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=256)
-        config = uvicorn.Config(app, log_config=None, **settings)
+        config = uvicorn.Config(app, log_config=None, ws="none", **{"http": patient_protocol()} | settings)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
@@ -344,6 +345,14 @@ def test_other_languages_are_answered_where_the_server_was_told_so():
         ({"max_batch": 0}, InvalidArgumentError),
         ({"max_delay": -1}, InvalidArgumentError),
         ({"time_limit": 0}, InvalidArgumentError),
+        ({"api_keys": ["key with blanks"]}, InvalidArgumentError),
+        ({"cors": ["app.example"]}, InvalidArgumentError),
+        ({"cors": ["https://app.example/path"]}, InvalidArgumentError),
+        ({"cors": ["https://user@app.example"]}, InvalidArgumentError),
+        ({"cors": ["https://app.example:port"]}, InvalidArgumentError),
+        ({"public_url": "scores.example"}, InvalidArgumentError),
+        ({"public_url": "https://scores.example/?a=b"}, InvalidArgumentError),
+        ({"public_url": "ftp://scores.example"}, InvalidArgumentError),
     ],
 )
 def test_impossible_settings_are_refused(arguments, error):
@@ -431,6 +440,54 @@ def test_a_call_above_the_limit_is_scored_alone():
     assert asyncio.run(main()) == ([1, 5, 1], [1, 5, 1])
 
 
+def test_the_calls_of_one_flow_take_turns_with_those_of_others():
+    async def main():
+        scorer, order = FakeScorer(), []
+        batcher = Batcher(scorer, max_batch=1, max_delay=0)
+        flow = Flow()
+
+        async def call(text, flow=None):
+            await batcher.score([text], ["THREAT"], flow)
+            order.append(text)
+
+        calls = [asyncio.create_task(call(f"many {number}", flow)) for number in range(6)]
+        await asyncio.sleep(0)
+        calls += [asyncio.create_task(call("one")), asyncio.create_task(call("two"))]
+        await asyncio.gather(*calls)
+        await batcher.close()
+        return order
+
+    order = asyncio.run(main())
+    assert {"one", "two"} < set(order[:4])
+    assert [text for text in order if text.startswith("many")] == [f"many {number}" for number in range(6)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_long_calls_are_scored_one_by_one_and_beside_short_ones_where_the_scorer_allows_it(reentrant):
+    class Gated(FakeScorer):
+        def score(self, texts, attributes=("TOXICITY",)):
+            self.batches.append(len(texts))
+            assert len(texts[0]) < 10_000 or self.gate.wait(10)
+            return Scores(np.zeros((len(texts), 1)), ("THREAT",), (None,) * len(texts))
+
+    async def main():
+        scorer = Gated()
+        scorer.reentrant = reentrant
+        scorer.gate.clear()
+        batcher = Batcher(scorer)
+        long = [asyncio.create_task(batcher.score(["a" * 20_000], ["THREAT"])) for _ in range(3)]
+        await asyncio.sleep(0.02)
+        short = [asyncio.create_task(batcher.score([text], ["THREAT"])) for text in "ab"]
+        done, _ = await asyncio.wait(short, timeout=5 if reentrant else 0.05)
+        assert len(done) == (2 if reentrant else 0)
+        scorer.gate.set()
+        await asyncio.gather(*long, *short)
+        await batcher.close()
+        return sorted(scorer.batches)
+
+    assert asyncio.run(main()) == [1, 1, 1, 2]
+
+
 def test_a_failing_batch_reaches_its_own_calls_only(caplog):
     async def main():
         batcher = Batcher(FakeScorer(), max_batch=2, max_delay=0)
@@ -508,10 +565,12 @@ def test_a_call_that_takes_too_long_is_given_up():
 
 def test_the_discovery_document_leads_back_to_where_it_was_asked_for(server):
     port = server.url.rpartition(":")[2]
-    for host in (f"127.0.0.1:{port}", f"localhost:{port}", "scores.example"):
+    own, foreign = (f"127.0.0.1:{port}", f"localhost:{port}"), ("scores.example", "localhost", "localhost:1", "a@b", "")
+    for host in (*own, *foreign):  # clients send their key to where the document sends them
         url = f"{server.url}/$discovery/rest?version=v1alpha1"
-        document = requests.get(url, headers={"Host": host}, timeout=10).json()
-        assert document["rootUrl"] == f"http://{host}/"
+        told = {"Host": host, "X-Forwarded-Host": "scores.example", "X-Forwarded-Proto": "https", "Forwarded": "host=a"}
+        document = requests.get(url, headers=told, timeout=10).json()
+        assert document["rootUrl"].replace("https:", "http:") == f"http://{host if host in own else own[0]}/"
         schemas = document["schemas"]
         for name in re.findall(r'"\$ref": "(\w+)"', json.dumps(document)):
             assert schemas[name]["id"] == name
@@ -563,9 +622,22 @@ def test_the_command_names_what_it_cannot_use(monkeypatch, capsys):
             (["--port", "70000"], "70000"),
             (["--attributes", "FLIRTATION", "--port", "0"], "FLIRTATION"),
             (["--quota", "0", "--port", "0"], "quota_per_minute is 0"),
+            (["--host", "", "--port", "0"], "host is ''"),
+            (["--host", "no such host", "--port", "0"], "no such host"),
+            (["--host", "a" * 70, "--port", "0"], "cannot be listened at"),
+            (["--cors", "app.example", "--port", "0"], "app.example"),
+            (["--api_key", " ", "--port", "0"], "api_keys"),
         ):
             assert serve_command.main(arguments) == 2
             assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["", " ", ",", " , "])
+def test_a_variable_without_a_key_does_not_open_the_server_to_all(value, monkeypatch, capsys):
+    monkeypatch.setattr(serve_command, "load_scorer", lambda spec: FakeScorer())
+    monkeypatch.setenv(serve_command.KEYS_VARIABLE, value)
+    assert serve_command.main(["--port", "0"]) == 2
+    assert f"{serve_command.KEYS_VARIABLE} is set and holds no key" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lacking", ["starlette", "uvicorn"])

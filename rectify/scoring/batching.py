@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from rectify.errors import InvalidArgumentError, ScoringError, UnavailableError
 from rectify.scoring.failures import kind_and_place
@@ -17,8 +18,8 @@ from rectify.scoring.scores import Scorer, Scores
 
 logger = logging.getLogger(__name__)
 
-# a text of 20 kB takes a small scorer as long as some hundred comments
-_SHORT = 4096
+# bytes: a text of 20 kB takes a small scorer as long as some hundred comments
+_SHORT = 1024
 _MAX_BYTES = 8192
 
 
@@ -153,6 +154,11 @@ class Batcher:
             )
             if len(scores) != len(texts):
                 raise ValueError(f"{len(scores)} scores for {len(texts)} texts")
+            ends = list(accumulate(len(call.texts) for call in calls))
+            answers = [
+                Scores(scores.values[begin:end], scores.attributes, scores.reasons[begin:end])
+                for begin, end in pairwise([0, *ends])
+            ]
         except Exception as error:  # whatever it is, the other batches are none the worse for it
             # the error's own message may hold a text
             logger.error("the scorer %r failed with %d texts: %s", self.scorer.name, len(texts), kind_and_place(error))
@@ -160,13 +166,9 @@ class Batcher:
                 if not call.answer.done():
                     call.answer.set_exception(ScoringError(f"the scorer failed ({type(error).__name__}): see the log"))
             return
-        begin = 0
-        for call in calls:
-            end = begin + len(call.texts)
+        for call, answer in zip(calls, answers, strict=True):
             if not call.answer.done():
-                part = Scores(scores.values[begin:end], scores.attributes, scores.reasons[begin:end])
-                call.answer.set_result(part)
-            begin = end
+                call.answer.set_result(answer)
 
 
 class _Queue:

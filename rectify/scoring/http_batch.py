@@ -63,7 +63,7 @@ def parse_batch(content_type: str, body: bytes | bytearray) -> list[InnerCall]:
     Raises:
         WireError: the body is no such batch, or holds too many requests.
     """
-    calls = []
+    calls: list[InnerCall] = []
     try:
         for begin, end in _parts(_boundary(content_type), body):
             if len(calls) == MAX_CALLS:

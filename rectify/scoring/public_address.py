@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -50,7 +51,7 @@ def _parts(url: str, argument: str, example: str) -> tuple[str, str, str]:
     return parts.scheme, host if port in (None, _PORTS[parts.scheme]) else f"{host}:{port}", parts.path
 
 
-def own_url(scope: dict[str, Any], host: str) -> str:
+def own_url(scope: Mapping[str, Any], host: str) -> str:
     """The address of the server as the client reached it, with a slash at the end.
 
     What a client says of it is taken only where it names the end of its own connection: whoever could put another

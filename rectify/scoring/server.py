@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from starlette.applications import Starlette
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH_BODY = 2**23
 _CALLS_AT_ONCE = 16  # of a batch, so that no batch fills the queue of the scorer
+_REST_SECONDS = 5.0
 _QUERY = "rectify.query"
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
@@ -139,7 +140,11 @@ class _QueryTaken:
 
 
 class _Guard:
-    """Answers what goes wrong anywhere below: the server would log the message of the error, which may hold a text."""
+    """Answers what goes wrong anywhere below: the server would log the message of the error, which may hold a text.
+
+    An answer that goes out before the body has come is finished only when the rest has come too, or some seconds have
+    passed: were the connection closed at once, the client might never see it.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -148,27 +153,39 @@ class _Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # a client that waits for leave to send a body, and gets an answer instead, may yet send it: as a next request
-        waiting = any(name == b"expect" for name, _ in scope["headers"])
+        names = {name for name, _ in scope["headers"]}
+        coming = bool(names & {b"content-length", b"transfer-encoding"})
+        # a client that waits for leave to send its body, and gets an answer instead, may yet send it: as a next request
+        waiting = b"expect" in names
         answered = False
 
         async def hear() -> Message:
-            nonlocal waiting
+            nonlocal coming, waiting
             waiting = False
-            return await receive()
+            message = await receive()
+            coming = message["type"] == "http.request" and message.get("more_body", False)
+            return message
 
         async def tell(message: Message) -> None:
             nonlocal answered
             if message["type"] == "http.response.start":
                 answered = True
-                if waiting:
+                if coming and waiting:
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
+            elif coming and not waiting and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_REST_SECONDS):
+                        while coming:
+                            await hear()
+                message = {"type": "http.response.body", "body": b""}
             await send(message)
 
         try:
             await self.app(scope, hear, tell)
         except asyncio.CancelledError:  # the server ends
             if not answered:
+                coming = False
                 await _response(Reply.of_error(unavailable_error()))(scope, hear, tell)
             raise
         except Exception as error:  # whatever it is
@@ -196,32 +213,34 @@ class _Endpoints:
         """Calls in Google's batch format; each has a key of its own, and counts by itself."""
         outer, kind = _key(request), request.headers.get("Content-Type", "")
         try:
-            # Google's client puts the key into the calls only, so that a short batch is to be read anyhow
+            check = None
             if outer or not self.service.access.needs_key:
                 self.service.admit(outer)
-            async with self.intake.body(
-                request, MAX_BATCH_BODY, lambda body: self.service.admit(first_key(kind, body) or outer)
-            ) as body:
+            else:  # Google's client puts the key into the calls only
+                check = lambda beginning: self.service.admit(first_key(kind, beginning))  # noqa: E731
+            async with self.intake.body(request, MAX_BATCH_BODY, check) as body:
                 calls = await self.service.read(functools.partial(parse_batch, kind), body)
                 body.clear()
-                replies = await self._replies(calls, outer)
+                answers = await self._answers(calls, outer)
         except WireError as error:
             return _response(Reply.of_error(error))
-        media_type, content = format_batch(calls, [(reply.status, reply.data) for reply in replies])
+        media_type, content = format_batch(calls, answers)
         return Response(content, media_type=media_type, headers=_HEADERS)
 
-    async def _replies(self, calls: Sequence[InnerCall], outer: str) -> list[Reply]:
+    async def _answers(self, calls: Sequence[InnerCall], outer: str) -> list[tuple[int, bytes]]:
+        """Status and JSON of each."""
         flow = Flow(asyncio.get_running_loop().time() + self.service.time_limit)
-        replies: list[Reply] = [Reply({})] * len(calls)
+        answers = [(0, b"")] * len(calls)
 
         async def work(numbered: Iterator[tuple[int, InnerCall]]) -> None:
             for number, call in numbered:
-                replies[number] = await self.service.answer(call.path, call.key or outer, call.body, flow)
+                reply = await self.service.answer(call.path, call.key or outer, call.body, flow)
+                answers[number] = reply.status, reply.data
                 await asyncio.sleep(0)  # an answer without a score waits for nothing
 
         numbered = iter(enumerate(calls))  # of which each takes the next
         await asyncio.gather(*(work(numbered) for _ in range(_CALLS_AT_ONCE)))
-        return replies
+        return answers
 
     async def discovery(self, request: Request) -> Response:
         """What Google's clients make themselves of."""

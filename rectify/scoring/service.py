@@ -131,9 +131,10 @@ class Service:
                 raise path_error(path)
             if len(body) > MAX_BODY:
                 raise size_error(MAX_BODY)
-            deadline = min(
-                asyncio.get_running_loop().time() + self.time_limit, math.inf if flow is None else flow.deadline
-            )
+            now = asyncio.get_running_loop().time()
+            deadline = min(now + self.time_limit, math.inf if flow is None else flow.deadline)
+            if now > deadline:
+                raise TimeoutError
             async with asyncio.timeout_at(deadline):
                 record = await self.read(decode_body, body)
                 if path == ANALYZE_PATH:

@@ -89,7 +89,7 @@ def analyze_body(
 _STRING_OR_NAME = re.compile(r'("(?:[^"\\]|\\.)*+"?)|(?<!\w)([A-Za-z_]\w*+)(?=\s*+:)', re.DOTALL)
 
 
-def decode_body(data: bytes) -> Any:
+def decode_body(data: bytes | bytearray) -> Any:
     """The JSON of a request's body; names of members may lack their quotes, as in Perspective's own examples.
 
     Raises:
