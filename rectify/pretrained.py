@@ -38,6 +38,10 @@ def refusing_unusable(what: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
+    except CheckpointError as error:
+        if str(error).startswith(what):
+            raise
+        raise CheckpointError(f"{what}: {error}") from error
     except RectifyError:
         raise
     except Exception as error:  # damaged files make of other libraries whatever they like, MemoryError among it

@@ -14,9 +14,11 @@ with without_bitsandbytes():
         set_peft_model_state_dict,
     )
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
 __all__ = [
+    "BaseTunerLayer",
     "LoraConfig",
     "LoraLayer",
     "ModulesToSaveWrapper",

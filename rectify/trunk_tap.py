@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.generation.candidate_generator import CandidateGenerator
@@ -21,6 +20,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from rectify.causal_body import causal_body, is_body_of
 from rectify.errors import InvalidArgumentError
 from rectify.prefix_memo import MASKED, PrefixMemo
+from rectify.quiet_peft import BaseTunerLayer
 from rectify.risk_model import RiskModel
 from rectify.thread_lock import ThreadLock
 from rectify.trunk_states import Abilities, positions_of
