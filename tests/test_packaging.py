@@ -64,7 +64,8 @@ def test_extras_name_what_the_project_declares():
     core = modules_of(PROJECT["dependencies"])
     optional = set().union(*EXTRAS.values())
     assert not core & optional
-    allowed = {"rectify/pocket/reward_model.py", "rectify/scoring/server.py"}  # not without their commands' extras
+    served = {f"rectify/scoring/{name}.py" for name in ("bodies", "connections", "server")}
+    allowed = {"rectify/pocket/reward_model.py"} | served  # not without their commands' extras
     for path, tree in SOURCES.items():
         for name, _ in imports(tree, top=True):
             if name.partition(".")[0] in optional:
@@ -120,8 +121,8 @@ import rectify, rectify.cli
 from rectify import RectificationProcessor, load_language_model
 model, tokenizer = load_language_model("pocket")
 processor = RectificationProcessor.from_pretrained("pocket-q", model=model, tokenizer=tokenizer)
-inputs = tokenizer("You are such a", return_tensors="pt")
-model.generate(**inputs, logits_processor=[processor], **processor.generate_kwargs(), max_new_tokens=5)
+inputs, length = tokenizer("You are such a", return_tensors="pt"), {"min_new_tokens": 5, "max_new_tokens": 5}
+model.generate(**inputs, logits_processor=[processor], **processor.generate_kwargs(), **length)
 assert processor.statistics().decisions == 5
 with contextlib.redirect_stdout(io.StringIO()):
     assert rectify.cli.main(["generate", "--rectify", "--prompt", "You are", "--max_new_tokens", "3"]) == 0
