@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +17,7 @@ from rectify.errors import InvalidArgumentError
 from rectify.evaluation.rule_reference import caps_of, clear_of_thresholds, log_normalised, risky_tokens, specified
 from rectify.processor import RectificationProcessor
 from rectify.rule import Advantage, Cap, Mask, Rectified, Rule, Tilt, rectify, rectify_candidates, rectify_support
+from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
 from rectify.support import Support, support_of
 
 _INF = math.inf
@@ -164,26 +164,28 @@ def _sampling(random: np.random.Generator) -> dict[str, Any]:
 # --- deciding
 
 
-class _Table(nn.Module):
-    """A risk model of given values: those of the row whose number a prefix ends with."""
-
-    recurrent, context, device = True, None, torch.device("cpu")
+class _RowHead(nn.Module):
+    """Values of rows, by their numbers."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
-        self.values = values
-        self.config = SimpleNamespace(vocab_size=values.shape[-1], vocabulary=None)
+        self.register_buffer("table", values)
 
-    @property
-    def head(self) -> _Table:
-        return self
+    def log_survival(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
+        rows = cast(Tensor, self.table)[hidden[..., 0].long()]
+        return rows if actions is None else rows.gather(-1, actions)
+
+
+class _Table(StaticTokenRisk):
+    """A risk model of given values: those of the row whose number a prefix ends with."""
+
+    def __init__(self, values: Tensor) -> None:
+        width = values.shape[-1]
+        super().__init__(np.zeros(width), StaticRiskConfig(width, base_rate=0.1, prior=1.0))
+        self.head = cast(Any, _RowHead(values))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None) -> Tensor:
         return input_ids[..., None].float()
-
-    def log_survival(self, hidden: Tensor, actions: Tensor | None = None) -> Tensor:
-        rows = self.values[hidden[..., 0].long()]
-        return rows if actions is None else rows.gather(-1, actions)
 
 
 @dataclass
@@ -202,7 +204,7 @@ def _decide(case: Case) -> Decided:
     if case.path == "rectify":
         return Decided(rectify(scores, survival, rule), scores, None, every)
     if case.path == "processor":
-        processor = RectificationProcessor(cast(Any, _Table(survival)), rule, **case.sampling)
+        processor = RectificationProcessor(_Table(survival), rule, **case.sampling)
         ids = torch.arange(len(scores))[:, None]
         result = cast(Rectified, processor.decide(ids, scores))
         scaled, warped = processor._warped(ids, scores)
