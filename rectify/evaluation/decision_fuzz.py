@@ -155,7 +155,7 @@ def _log_survival(random: np.random.Generator, shape: torch.Size) -> Tensor:
 def _sampling(random: np.random.Generator) -> dict[str, Any]:
     settings: dict[str, Any] = {"do_sample": True}
     if random.random() < 0.5:
-        settings["temperature"] = float(random.choice([0.5, 0.8, 2.0]))
+        settings["temperature"] = float(random.choice([1e-12, 0.1, 0.5, 0.8, 2.0]))
     truncations: list[dict[str, Any]] = [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_p": 0.95, "min_p": 0.05}]
     truncations.append({"typical_p": 0.7})
     return settings | truncations[random.integers(len(truncations))]
