@@ -327,6 +327,9 @@ class RectificationProcessor(LogitsProcessor):
         """Scores in float32 or better, with their bans `-inf`: at the temperature, and truncated as well."""
         read = cast(FloatTensor, readable_scores(scores))
         scaled = self._scaling(cast(LongTensor, input_ids), read)
+        if len(scaled) and not bool(torch.isfinite(scaled.amax(-1)).all()):  # divided beyond what the dtype holds
+            limit = torch.finfo(read.dtype).max / 4
+            scaled = cast(FloatTensor, scaled.clamp(-limit, limit).where(read > -torch.inf, -torch.inf))
         return scaled, self._truncating(cast(LongTensor, input_ids), scaled)
 
     def _q_survival(self, hidden: Tensor, tokens: Tensor | None, vocab_size: int) -> Tensor:

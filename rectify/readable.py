@@ -13,7 +13,7 @@ from rectify.errors import InvalidArgumentError
 # (-65504, -1e9, -1e30, the least number of a dtype) lies below.
 _BAN = -(2.0**15)
 # A model's scores share a magnitude, however large that is; a ban does not.
-_FAR = 2.0**8
+_FAR = 2.0**5
 # Over a wider range, float32 tells tokens far below the best too coarsely apart.
 _RANGE = 1024.0
 # log(1 + Q) may round to just above 0.
@@ -24,7 +24,7 @@ def readable_scores(scores: Tensor) -> Tensor:
     """The scores with every ban `-inf`, and every other entry a number.
 
     A ban is `-inf`, NaN (a token that the model could not score), or a score of −32,768 or less that is also at least
-    256 times as far from 0 as the row's highest: it stays a ban wherever the policy is normalised, widened, or answers
+    32 times as far from 0 as the row's highest: it stays a ban wherever the policy is normalised, widened, or answers
     a dead end. Where every score of a row is so low, their differences count, as in `softmax`. `+inf` becomes the
     largest number that can be reckoned with.
 

@@ -32,6 +32,8 @@ from rectify.support import Support
 
 # A normaliser beyond this is that of raw logits: it says nothing, and float32 is coarse there.
 _COMPARABLE = 16.0
+# Larger tilts than this have float32 tell tokens too coarsely apart.
+_EXACT = 1024.0
 
 
 class Rectified(NamedTuple):
@@ -143,8 +145,12 @@ class Tilt(Rule):
         _check_range("beta", self.beta, 0, 10_000)
 
     def reshape(self, log_policy: Tensor, log_survival: Tensor) -> Reshaped:
-        tilted = log_survival.clamp_min(math.log(self.p_min)).mul_(self.beta).add_(log_policy)
-        tilted, total = normalise_(tilted)
+        floor = math.log(self.p_min)
+        tilted = log_survival.clamp_min(floor)
+        if self.beta * -floor > _EXACT and tilted.device.type != "mps":  # which has no float64
+            tilted = tilted.double()
+        tilted, total = normalise_(tilted.mul_(self.beta).add_(log_policy))
+        tilted = tilted.to(log_policy.dtype)
         changed = total[:, 0] < -1e-6
         if not changed.all():  # nearly nothing is taken away: is it nothing?
             rows = (~changed).nonzero().squeeze(-1)

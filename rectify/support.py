@@ -36,7 +36,7 @@ def support_of(scores: Tensor, largest: int) -> Support | None:
     """The tokens that truncation left of `[B, V]` scores; `None` where a row has more than `largest`."""
     kept = scores > -math.inf
     counts = kept.sum(-1)
-    size = int(counts.max())
+    size = _largest(counts)
     return _support(kept, counts, size) if 0 < size <= largest else None
 
 
@@ -53,7 +53,11 @@ def candidates_of(scores: Tensor, threshold: float | None, k: int | None = None,
     likely = torch.zeros_like(scores, dtype=torch.bool) if threshold is None else scores.softmax(-1) >= threshold
     kept = likely.scatter_(-1, highest, True) & (scores > -math.inf)
     counts = kept.sum(-1)
-    return _support(kept, counts, max(1, int(counts.max())))
+    return _support(kept, counts, max(1, _largest(counts)))
+
+
+def _largest(counts: Tensor) -> int:
+    return int(counts.max()) if len(counts) else 0
 
 
 def _support(kept: Tensor, counts: Tensor, size: int) -> Support:
