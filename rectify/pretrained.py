@@ -107,6 +107,7 @@ def read_tokenizer(place: str | Path, revision: str | None = None) -> PreTrained
         raise CheckpointError(
             f"the tokenizer at {str(place)!r} has model_max_length {longest!r}: give a number above 0"
         )
+    tokenizer.model_max_length = int(longest)
     tokenizer("a")  # some that lack a token for what they do not know say so only now
     return tokenizer
 
