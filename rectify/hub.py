@@ -76,10 +76,15 @@ def files_digest(*folders: Path, suffixes: Collection[str]) -> str:
     Args:
         *folders: whose files count.
         suffixes: of the names that count, as `".safetensors"`.
+
+    Raises:
+        CheckpointError: one is no file.
     """
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted(path for path in folder.iterdir() if path.suffix in suffixes):
+            if not path.is_file():  # to read from a pipe might never end
+                raise CheckpointError(f"{str(path)!r} is no file: give a folder of files")
             with path.open("rb") as file:
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:12]

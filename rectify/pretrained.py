@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -82,7 +82,7 @@ def read_model_config(place: str | Path, revision: str | None = None, **changes:
     if isinstance(place, Path):
         _check_files(place)
     config = AutoConfig.from_pretrained(place, revision=revision or "main", **changes, **GIVEN)
-    check_config(config)
+    check_config(config, str(place))
     return config
 
 
@@ -94,7 +94,7 @@ def read_tokenizer(place: str | Path, revision: str | None = None) -> PreTrained
         revision: of a Hub id.
 
     Raises:
-        CheckpointError: it knows no words, or a file of its folder is none.
+        CheckpointError: it knows no words, its longest length is none, or a file of its folder is none.
     """
     if isinstance(place, Path):
         _check_files(place)
@@ -102,7 +102,28 @@ def read_tokenizer(place: str | Path, revision: str | None = None) -> PreTrained
     # without its files transformers makes one of special tokens alone
     if len(tokenizer) < _FEWEST_TOKENS and set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise CheckpointError(f"the tokenizer at {str(place)!r} has no token of text: are its files there?")
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1:
+        raise CheckpointError(
+            f"the tokenizer at {str(place)!r} has model_max_length {longest!r}: give a number above 0"
+        )
+    tokenizer.model_max_length = int(longest)
+    tokenizer("a")  # some that lack a token for what they do not know say so only now
     return tokenizer
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer of whose special tokens, which stand in every batch, the model has no embeddings.
+
+    Raises:
+        CheckpointError: one is beyond them.
+    """
+    rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
+    highest = max(tokenizer.all_special_ids, default=0)
+    if highest >= rows:
+        raise CheckpointError(
+            f"the tokenizer {tokenizer.name_or_path!r} has the token {highest}, the model {rows} of them: give its own"
+        )
 
 
 def read_model(
@@ -139,7 +160,7 @@ def read_model(
         if exact:
             _check_exact(place)
     if config is None and not (isinstance(place, Path) and (place / ADAPTER_FILE).exists()):
-        config = read_model_config(place, revision)
+        config = _config_or_none(place, revision)
     if config is not None:
         if isinstance(place, Path):
             _check_size(auto, place, config)
@@ -174,6 +195,16 @@ def read_model(
     return model, new
 
 
+def _config_or_none(place: str | Path, revision: str | None) -> PreTrainedConfig | None:
+    """The configuration of a model; `None` of an adapter on the Hub, whose model transformers finds."""
+    try:
+        return read_model_config(place, revision)
+    except OSError as error:
+        if isinstance(place, Path) or isinstance(error, CheckpointError):
+            raise
+        return None
+
+
 def _check_files(folder: Path) -> None:
     """Refuse a folder with a device or a pipe in it, from which reading might never end, and adapters that run code."""
     for path in sorted(folder.iterdir()):
@@ -194,14 +225,29 @@ def _check_exact(folder: Path) -> None:
         weight_shapes(path)
 
 
-def check_config(config: PreTrainedConfig) -> None:
-    """Refuse a configuration that has code fetched: an attention of the Hub's kernels."""
+def check_config(config: PreTrainedConfig, place: str) -> None:
+    """Refuse a configuration that has code fetched, an attention of the Hub's kernels, or is out of every range.
+
+    Args:
+        config: it.
+        place: where it was read, for the message.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    file = repr(f"{place}/{_MODEL_FILE}")
+    for name in ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"):
+        size = getattr(config.get_text_config(), name, None)
+        if isinstance(size, int) and size < 0:
+            raise CheckpointError(f"{file} has {name} {size}: give a number above 0")
+    if not all(isinstance(label, str) for label in (config.id2label or {}).values()):
+        raise CheckpointError(f"{file} has labels in id2label that are no strings: give names")
     parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
     for part in parts:
         for name in ("_attn_implementation", "_experts_implementation"):
             value = getattr(part, name, None)
             if value is not None and not (isinstance(value, str) and "/" not in value):
-                raise CheckpointError(f"its {_MODEL_FILE} has {name} {value!r}, code of the Hub: take it out")
+                raise CheckpointError(f"{file} has {name} {value!r}, code of the Hub: take it out")
 
 
 def _check_size(auto: Any, folder: Path, config: PreTrainedConfig) -> None:
@@ -211,10 +257,12 @@ def _check_size(auto: Any, folder: Path, config: PreTrainedConfig) -> None:
     files = [path for path in folder.iterdir() if path.suffix in _WEIGHTS]
     size = sum(path.stat().st_size for path in files)
     if not 0 < layers <= max(_FEWEST_LAYERS, size // 64):
-        raise CheckpointError(f"its {_MODEL_FILE} has {layers} layers, its weights are {size} bytes: is it complete?")
+        raise CheckpointError(
+            f"{str(folder / _MODEL_FILE)!r} has {layers} layers, its weights {size} bytes: is it whole?"
+        )
     with torch.device("meta"), quiet_loading():
         elements = sum(weight.numel() for weight in auto.from_config(deepcopy(config), **GIVEN).parameters())
     if elements > max(_FEWEST_ELEMENTS, _ELEMENTS_A_BYTE * size):
         raise CheckpointError(
-            f"its {_MODEL_FILE} is of {elements} weights, and its files hold {size} bytes: is it complete?"
+            f"{str(folder / _MODEL_FILE)!r} is of {elements} weights, and its files hold {size} bytes: is it whole?"
         )

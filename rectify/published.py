@@ -48,7 +48,7 @@ def import_published(folder: str | Path, tokenizer: PreTrainedTokenizerBase | No
 def _import(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> DeadEndQNetwork:
     remedy = "give the folder with config.json and model.safetensors or pytorch_model.bin"
     settings = GPT2Config.from_dict(read_object(folder / "config.json", remedy))
-    check_config(settings)
+    check_config(settings, str(folder))
     state = _state(folder, remedy)
     if missing := sorted(_HEAD.keys() - state.keys()):
         raise CheckpointError(f"it has no {missing[0]}: it is not a checkpoint of the published system")

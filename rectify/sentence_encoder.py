@@ -13,7 +13,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from rectify.detectors.classifier import batches_by_length
 from rectify.errors import InvalidArgumentError
 from rectify.hub import model_place, weights_fingerprint
-from rectify.pretrained import read_model, read_tokenizer, refusing_unusable
+from rectify.pretrained import check_vocabulary, read_model, read_tokenizer, refusing_unusable
 
 
 class SentenceEncoder(nn.Module):
@@ -78,6 +78,7 @@ class SentenceEncoder(nn.Module):
         with refusing_unusable(f"encoder {name!r}", "give a model of text with its tokenizer"):
             tokenizer = read_tokenizer(place, revision)
             model, _ = read_model(AutoModel, place, revision, dtype=torch.float32)
+            check_vocabulary(model, tokenizer)
         if model.config.is_encoder_decoder:
             raise InvalidArgumentError(f"encoder {name!r} is an encoder-decoder: give an encoder or a causal model")
         encoder = cls(model, tokenizer, max_length, weights_fingerprint(place, model.config))

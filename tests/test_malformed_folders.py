@@ -62,6 +62,8 @@ LOADERS = {
     "chains": lambda folder: load_detoxifier(folder, build_tokenizer()),
     "scorer": PocketScorer.from_pretrained,
     "cascade": CascadeScorer,
+    "hf": lambda folder: load_scorer(f"hf:{folder}", device="cpu").score(["t5 t6"]),
+    "encoder": lambda folder: SentenceEncoder.from_pretrained(str(folder), max_length=24),
     "substitutions": Substitutions.from_pretrained,
     "published": import_published,
 }
@@ -95,6 +97,7 @@ WEIGHTS = {
     "experts": "expert/adapter_model.safetensors",
     "chains": "adapter_model.safetensors",
     "scorer": "model.safetensors",
+    "hf": "model.safetensors",
     "published": "model.safetensors",
 }
 ENCODER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -156,6 +159,10 @@ def good(tmp_path_factory):
     scorer = BertForSequenceClassification(BertConfig(**encoder.to_dict() | {"num_labels": 2}))
     settings = ScorerConfig(["TOXICITY", "INSULT"], max_length=16, calibration={"TOXICITY": [[0.0, 1.0], [0.1, 0.9]]})
     PocketScorer(settings, scorer, tokenizer).save_pretrained(place / "scorer")
+    shutil.copytree(place / "scorer", place / "hf")
+    (place / "hf" / "scorer_config.json").unlink()
+    names = {"id2label": {"0": "clean", "1": "toxic"}, "label2id": {"clean": 0, "toxic": 1}}
+    change(place / "hf" / "config.json", **names)
     spec = f"pocket:{place / 'scorer'}"
     CascadeConfig(spec, spec, 0.8).save_pretrained(place / "cascade")
     sentence = Sentence("nobody here really gives a damn about it", ("nobody here really cares about it",))
@@ -616,6 +623,45 @@ def test_a_tokenizer_that_is_none_is_refused(damaged, kind, damage):
     folder = damaged(kind)
     TOKENIZERS[damage](folder / "tokenizer.json")
     refused(LOADERS[kind], folder)
+
+
+@pytest.mark.parametrize("value", [0, -1, "64", [], None, True, float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["hf", "encoder", "model"])
+def test_a_longest_length_that_is_none_is_refused(damaged, kind, value):
+    folder = damaged(kind)
+    change(folder / "tokenizer_config.json", model_max_length=value)
+    if value is None:  # as if nothing were said
+        LOADERS[kind](folder)
+    else:
+        refused(LOADERS[kind], folder)
+
+
+@pytest.mark.parametrize("kind", ["hf", "encoder", "scorer"])
+def test_special_tokens_without_embeddings_are_refused(damaged, kind):
+    folder = damaged(kind)
+    change(folder / "tokenizer_config.json", pad_token="[beyond]")
+    refused(LOADERS[kind], folder)
+
+
+@pytest.mark.parametrize("value", [{"0": 5, "1": "toxic"}, {"0": None, "1": "toxic"}, [], "x", {"x": "toxic"}])
+def test_labels_that_are_no_names_are_refused(damaged, value):
+    folder = damaged("hf")
+    change(folder / "config.json", id2label=value)
+    refused(LOADERS["hf"], folder)
+
+
+def test_products_that_are_not_finite_give_no_score(damaged):
+    folder = damaged("scorer")
+    with_weights(lambda weights, _: [weights.update({name: weights[name] * 0 + 3e38}) for name in list(weights)])(
+        folder / "model.safetensors"
+    )
+    refused(lambda: PocketScorer.from_pretrained(folder).score(["t5 t6"]))
+
+
+def test_a_pipe_beside_the_weights_is_not_read(damaged):
+    folder = damaged("detector")
+    os.mkfifo(folder / "notes.txt")
+    refused(load_scorer, f"detector:{folder}")
 
 
 def test_a_tokenizer_of_more_tokens_than_its_model_is_refused(damaged):

@@ -21,7 +21,7 @@ from rectify.detectors.span_heads import HEADS, SegmentHead, TokenHead
 from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.hub import check_weights, checkpoint_folder, model_place, weights_fingerprint
 from rectify.json_files import check_format_version
-from rectify.pretrained import read_model, read_tokenizer, refusing, refusing_unusable
+from rectify.pretrained import check_vocabulary, read_model, read_tokenizer, refusing, refusing_unusable
 from rectify.quiet_peft import PeftModel, TaskType
 from rectify.saved_config import read_config
 from rectify.saved_weights import check_finite, fill
@@ -320,6 +320,7 @@ def _load_trunk(
     with refusing_unusable(f"backbone {name!r}", "give a model of text with its tokenizer"):
         tokenizer = read_tokenizer(place, revision)
         trunk, _ = read_model(AutoModel, place, revision, dtype=dtype, exact=exact)
+        check_vocabulary(trunk, tokenizer)
     if trunk.config.is_encoder_decoder:
         raise InvalidArgumentError(f"backbone {name!r} is an encoder-decoder: give a causal model or an encoder")
     if getattr(trunk, "pooler", None) is not None:

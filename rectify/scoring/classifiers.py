@@ -14,7 +14,7 @@ from rectify.detectors.classifier import batches_by_length
 from rectify.detectors.gated import ADAPTERS_FOLDER, GATE_FOLDER, GatedDetector, load_detector
 from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.hub import available_device, checkpoint_folder, files_digest, model_place
-from rectify.pretrained import read_model, read_tokenizer, refusing_unusable
+from rectify.pretrained import check_vocabulary, read_model, read_tokenizer, refusing_unusable
 from rectify.quiet_peft import PeftModel
 from rectify.scoring.labels import outputs_by_attribute
 from rectify.scoring.scores import Reason, Scores, check_attributes, reason_against
@@ -112,6 +112,7 @@ class HfScorer:
         with refusing_unusable(f"text classifier {name!r}", "check the path, or the id and the connection"):
             self._tokenizer = read_tokenizer(source, wanted or None)
             model, new = read_model(AutoModelForSequenceClassification, source, wanted or None, dtype=torch.float32)
+            check_vocabulary(model, self._tokenizer)
         if new:
             raise CheckpointError(f"{name!r} lacks the weights {min(new)}: give a model that was trained to classify")
         self._model = model.to(self._device).eval()  # type: ignore[arg-type]

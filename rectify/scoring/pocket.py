@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from rectify.detectors.classifier import pad
 from rectify.detectors.config import check_knots
-from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.errors import CheckpointError, InvalidArgumentError, ScorerError
 from rectify.hub import checkpoint_folder
 from rectify.pretrained import read_model, read_tokenizer, refusing
 from rectify.saved_config import read_config
@@ -153,7 +153,11 @@ class PocketScorer:
 
     @torch.inference_mode()
     def raw_scores(self, texts: Sequence[str]) -> np.ndarray:
-        """Scores before calibration, `[N, A]` float64, of texts that are not blank."""
+        """Scores before calibration, `[N, A]` float64, of texts that are not blank.
+
+        Raises:
+            ScorerError: the model gives none.
+        """
         windows, owners = self._windows(texts)
         order = np.argsort([-len(window) for window in windows], kind="stable")
         result = np.zeros((len(texts), len(self.attributes)))
@@ -163,6 +167,8 @@ class PocketScorer:
             ids, mask = pad([windows[place] for place in places])
             logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
             found = logits.double().sigmoid().cpu().numpy()
+            if np.isnan(found).any():  # of finite weights so large that their products are not
+                raise ScorerError(f"the model of {self.name!r} gives NaN: put back the weights that were trained")
             np.maximum.at(result, np.asarray(owners)[places], found)
         return result
 
