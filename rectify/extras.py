@@ -10,7 +10,7 @@ from rectify.errors import MissingExtraError
 EXTRAS: dict[str, dict[str, str]] = {
     "train": {"sklearn": "scikit-learn", "scipy": "scipy"},
     "plots": {"matplotlib": "matplotlib"},
-    "serve": {"starlette": "starlette", "uvicorn": "uvicorn"},
+    "serve": {"starlette": "starlette", "uvicorn": "uvicorn", "h11": "h11"},
     "quant": {"bitsandbytes": "bitsandbytes"},
     "detoxify": {"detoxify": "detoxify"},
     "datasets": {"datasets": "datasets"},
