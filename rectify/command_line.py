@@ -50,7 +50,7 @@ def execute(
     extras: Sequence[str] = (),
     folders: Sequence[str] = ("output_dir",),
 ) -> int:
-    """Parse and run a command; a refusal becomes one line on standard error.
+    """Parse and run a command; a refusal becomes one line on standard error, and its hint another.
 
     Its outputs are held from the beginning, so that a second run on one of them is refused; see `held_outputs`.
 
@@ -76,10 +76,10 @@ def execute(
     if sys.stdout is None:
         sys.stdout = _Closed()  # type: ignore[assignment]
     try:
+        for extra in extras:
+            need_extra(extra)
         with warnings.catch_warnings(), held_outputs(arguments, folders):
             warnings.simplefilter("ignore", FutureWarning)  # of other libraries, which the reader cannot mend
-            for extra in extras:
-                need_extra(extra)
             code = run(arguments)
             sys.stdout.flush()
         return code or 0
@@ -91,7 +91,10 @@ def execute(
         if refusal is None:
             raise
         _leave_standard_output()
-        say(f"{parser.prog}: error: {' '.join(str(refusal).split())}")
+        hint = refusal.hint if isinstance(refusal, RectifyError) else ""
+        say(f"{parser.prog}: error: {' '.join(str(refusal).removesuffix(hint).split())}")
+        if hint:
+            say(hint)
         return 2
 
 

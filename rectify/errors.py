@@ -12,7 +12,17 @@ _WIRE_ERROR_TYPE = "type.googleapis.com/google.commentanalyzer.v1alpha1.Error"
 
 
 class RectifyError(Exception):
-    """Anything that rectify refuses to do; the parent of every error that it raises on purpose."""
+    """Anything that rectify refuses to do; the parent of every error that it raises on purpose.
+
+    Attributes:
+        hint: what to do about it, where that takes a line of its own, which then follows the message.
+    """
+
+    hint: str = ""
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message}\n{self.hint}" if self.hint else message
 
 
 class InvalidArgumentError(RectifyError, ValueError):

@@ -22,6 +22,7 @@ from rectify.readable import readable_scores, readable_survival
 from rectify.risk_model import RiskModel
 from rectify.rule import Rectified, Rule, Tilt, rectify, rectify_candidates, rectify_support
 from rectify.sampling import Sampling
+from rectify.strength import Strength
 from rectify.support import Support, support_of
 from rectify.thread_lock import ThreadLock
 from rectify.trunk_states import input_device
@@ -75,7 +76,8 @@ class RectificationProcessor(LogitsProcessor):
     Args:
         q_network: the dead-end Q network, or another risk model (`StaticTokenRisk`); put in evaluation mode. `None`
             where a detector alone tells the risk.
-        rule: how its values change the policy.
+        rule: how its values change the policy (default: the `Tilt` that the Q network's training stored in its
+            configuration, else that of β 6).
         model: the model to be rectified. Its vocabulary size is checked, and its generation_config gives the sampling
             settings that are not given here.
         tokenizer: the model's tokenizer. Its vocabulary is checked, and its padding token (else that of the model's
@@ -126,7 +128,8 @@ class RectificationProcessor(LogitsProcessor):
         check_combination(combination)
         self._q = None if q_network is None else QValue(q_network, model, tokenizer, use_cache)
         self.detector, self.combination = detector, combination
-        self.rule = rule if rule is not None else Tilt()
+        strength: Strength | None = getattr(getattr(q_network, "config", None), "strength", None)
+        self.rule = rule if rule is not None else strength.make_rule() if strength is not None else Tilt()
         self.sampling = Sampling.resolve(model.generation_config if model is not None else None, **sampling)
         reader = q_network if q_network is not None else cast(DetectorValue, detector)
         self._scaling = self.sampling.scaling()
@@ -152,7 +155,7 @@ class RectificationProcessor(LogitsProcessor):
 
         Args:
             name: of the Q network.
-            rule: how its values change the policy.
+            rule: how its values change the policy; see the class.
             dtype: of the Q network's weights; its values are float32 whatever it is.
             **arguments: of the class.
         """

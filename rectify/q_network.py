@@ -26,6 +26,7 @@ from rectify.quiet_peft import PeftConfig, PeftModel, get_peft_model
 from rectify.risk_model import TextRisk
 from rectify.saved_config import read_config
 from rectify.saved_weights import check_finite, read_weights, shapes_of
+from rectify.strength import Strength
 from rectify.trunk_probe import abilities_of
 from rectify.trunk_states import Abilities, hidden_states, takes_positions, text_states
 from rectify.vocabulary import Fingerprint
@@ -52,6 +53,7 @@ class QConfig:
         signature: a few of a shared trunk's weights, so that a head is not read with another model.
         vocabulary: fingerprint of the tokenizer, or `None` where it is not known.
         training: free-form record of how the weights came to be.
+        strength: how strongly the network is applied where nobody says; `None` for the rule's own default.
     """
 
     vocab_size: int
@@ -66,10 +68,13 @@ class QConfig:
     signature: list[float] | None = None
     vocabulary: Fingerprint | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    strength: Strength | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.vocabulary, dict):
             self.vocabulary = Fingerprint(**self.vocabulary)
+        if isinstance(self.strength, dict):
+            self.strength = Strength(**self.strength)
         if self.head not in ("low_rank", "published"):
             raise InvalidArgumentError(f"head is {self.head!r}: give 'low_rank' or 'published'")
         if self.vocab_size < 1 or self.hidden_size < 1:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.causal_body import is_body_of
 from rectify.errors import InvalidArgumentError, VocabularyMismatchError
+from rectify.first_aid import with_q_advice
 from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.risk_model import RiskModel
 from rectify.trunk_tap import TrunkTap
@@ -38,8 +39,13 @@ class QValue:
         if model is not None and is_body_of(getattr(q_network, "trunk", None), model):
             self.memo = TrunkTap(q_network, model, use_cache)
         self._same_vocabulary = False
+        names = (getattr(each, "name_or_path", None) for each in (model, tokenizer))
+        self._model_name: str = next(filter(None, names), "MODEL")
         if tokenizer is not None and q_network.config.vocabulary is not None:
-            q_network.config.vocabulary.check(tokenizer)
+            try:
+                q_network.config.vocabulary.check(tokenizer)
+            except VocabularyMismatchError as error:
+                raise with_q_advice(error, self._model_name) from None
             self._same_vocabulary = True
 
     def check_width(self, vocab_size: int | None) -> None:
@@ -50,10 +56,11 @@ class QValue:
         """
         own = self.q_network.config.vocab_size
         if vocab_size is not None and vocab_size != own and not self._same_vocabulary:
-            raise VocabularyMismatchError(
+            refusal = VocabularyMismatchError(
                 f"the model scores {vocab_size} tokens, the Q network {own}: use a Q network of the model's "
                 "vocabulary, or pass the tokenizer if the model's embeddings are only padded"
             )
+            raise with_q_advice(refusal, self._model_name)
 
     def last_hidden(self, prefixes: Tensor) -> Tensor | None:
         """The states after the prefixes, `[B, H]`; `None` where an assistant drafts, which is left alone.

@@ -40,6 +40,14 @@ def modules_of(requirements):
     return {MODULES.get(name, name).lower() for name in names}
 
 
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def needs(name, those):
+    return any(name == each or name.startswith(f"{each}.") for each in those)
+
+
 def python(code, **environment):
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, cwd=ROOT
@@ -64,12 +72,20 @@ def test_extras_name_what_the_project_declares():
     core = modules_of(PROJECT["dependencies"])
     optional = set().union(*EXTRAS.values())
     assert not core & optional
-    served = {f"rectify/scoring/{name}.py" for name in ("bodies", "connections", "server")}
-    allowed = {"rectify/pocket/reward_model.py"} | served  # not without their commands' extras
-    for path, tree in SOURCES.items():
-        for name, _ in imports(tree, top=True):
-            if name.partition(".")[0] in optional:
-                assert str(path.relative_to(ROOT)) in allowed, f"{path} cannot be imported without {name}"
+    bound: set[str] = set()  # modules that cannot be imported without an extra
+    while True:
+        grown = {
+            module_of(path)
+            for path, tree in SOURCES.items()
+            if any(needs(name, optional | bound) for name, _ in imports(tree, top=True))
+        }
+        if grown <= bound:
+            break
+        bound |= grown
+    assert "rectify.scoring.server" in bound
+    commands = {command.module for command in (*VERBS.values(), *KINDS.values())}
+    shown = {getattr(getattr(rectify, name), "__module__", "rectify") for name in rectify.__all__}
+    assert not bound & (commands | shown | {"rectify.scoring", "rectify.detectors", "rectify.chat"})
 
 
 def test_peft_is_imported_in_one_place_alone():

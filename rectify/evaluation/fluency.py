@@ -145,7 +145,7 @@ def token_log_probabilities(model: PreTrainedModel, batch: TextBatch) -> Tensor:
 def _log_probabilities(logits: Tensor, batch: TextBatch) -> Tensor:
     """`token_log_probabilities` of `[B, T, V]` logits."""
     found = torch.zeros(batch.input_ids.shape, dtype=torch.float64)
-    for rows, columns in _places(batch, logits.shape[-1]):
+    for rows, columns in counted_places(batch, logits.shape[-1]):
         scores = logits[rows, columns - 1].float().log_softmax(-1)
         found[rows.cpu(), columns.cpu()] = _of(scores, batch.input_ids[rows, columns])
     return found
@@ -262,7 +262,7 @@ def model_logits(model: PreTrainedModel, batch: TextBatch) -> Tensor:
     return cast(Any, model)(input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits
 
 
-def _places(batch: TextBatch, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+def counted_places(batch: TextBatch, width: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows and columns of the counted tokens, few enough at a time for `[N, width]` tables of them to be small."""
     for places in batch.counted.nonzero().split(max(1, _CELLS // width)):
         yield places[:, 0], places[:, 1]

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 
 from rectify.errors import InvalidArgumentError
+from rectify.first_aid import with_q_advice
 from rectify.generation.trace import check_traceable
 from rectify.methods.base import Base
 from rectify.methods.best_of_n import BestOfN
@@ -72,5 +73,6 @@ def _with_q(method: Rectify, model: str) -> Rectify:
     if method.path is not None:
         return method
     if model not in _POCKET_Q:
-        raise InvalidArgumentError(f"q is not given: name a Q network for the vocabulary of {model!r}")
+        refusal = InvalidArgumentError(f"q is not given: name a Q network for the vocabulary of {model!r}")
+        raise with_q_advice(refusal, model)
     return replace(method, path=_POCKET_Q[model])

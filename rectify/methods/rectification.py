@@ -20,6 +20,7 @@ from rectify.q_network import DeadEndQNetwork
 from rectify.risk_model import RiskModel
 from rectify.rule import Rule, make_rule
 from rectify.static_risk import StaticTokenRisk
+from rectify.strength import stored_strength
 
 _STRENGTHS = {"tilt": "beta", "advantage": "tau", "mask": "threshold", "cap": "epsilon"}
 _RULE: dict[str, Any] = {"rule": "tilt", "beta": None, "tau": None, "threshold": None, "epsilon": None}
@@ -71,6 +72,8 @@ class _Valued(_Ruled):
 class Rectify(_Valued):
     """Rectification by the Q network of `path`; the pocket model's own where none is given.
 
+    Without a parameter of the rule, β is what the network's training stored with it, if it did.
+
     Attributes:
         dtype: of the Q network's weights, a name in `DTYPES`. With `bfloat16` a CPU that has AVX-512 BF16 is faster.
     """
@@ -81,6 +84,9 @@ class Rectify(_Valued):
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in _RULE}
+        if given == _RULE and self.path is not None and (strength := stored_strength(self.path)) is not None:
+            object.__setattr__(self, "beta", strength.beta)
         super().__post_init__()
         if self.dtype not in DTYPES:
             raise InvalidArgumentError(f"dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}")

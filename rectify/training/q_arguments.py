@@ -24,6 +24,14 @@ class ModelArguments:
     mlp_size: int = field(default=0, metadata={"help": "width of the head's residual MLP, 0 for none"})
     lora_r: int = field(default=0, metadata={"help": "rank of a LoRA adapter; 0 trains and saves the whole trunk"})
     lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapter (default: twice lora_r)"})
+    strength_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "model that is to be rectified, for which a strength is chosen and stored: at most 1.05 times the "
+            "perplexity of clean validation texts (default: the one that made the trajectories, where their folder "
+            "tells, else model_name_or_path; none: choose none)"
+        },
+    )
 
     def __post_init__(self) -> None:
         for name, least in (("rank", 1), ("mlp_size", 0), ("lora_r", 0)):

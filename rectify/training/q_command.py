@@ -48,4 +48,17 @@ def _run(parsed: tuple[Any, ...]) -> None:
                  "eval_brier_constant", "eval_calibration_error"):  # fmt: skip
         if name in figures:
             say(f"{name.removeprefix('eval_'):<18} {figures[name]}")
+    if figures.get("warning"):
+        say(f"warning: {figures['warning']}")
+    if strength := figures.get("strength"):
+        say(
+            f"strength: beta {strength['beta']:g}, stored as the network's default: "
+            f"{strength['clean_perplexity_ratio']} times the perplexity of {strength['texts']} clean texts under "
+            f"{strength['model']!r}"
+        )
+    elif "no_strength" in figures:
+        say(
+            f"strength: none chosen ({figures['no_strength']}): give --strength_model, or choose one by "
+            "eval/realtoxicityprompts.py --target_perplexity 1.05"
+        )
     say(f"saved to {parsed[-1].output_dir}")

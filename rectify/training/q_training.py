@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from rectify.errors import InvalidArgumentError
+from rectify.errors import InvalidArgumentError, RectifyError, first_line
 from rectify.heads import LowRankHead
 from rectify.hub import current_fingerprint, load_language_model, model_place
 from rectify.json_files import write_json
@@ -32,6 +33,7 @@ from rectify.training.plots import plot_training
 from rectify.training.q_arguments import DataArguments, LossArguments, ModelArguments
 from rectify.training.q_calibration import recalibrate
 from rectify.training.q_metrics import compute_metrics, network_risks, value_metrics
+from rectify.training.q_strength import choose_strength, generating_model, static_risks, warning_of
 from rectify.training.q_trainer import PolyakCallback, QLearning, QTrainer
 from rectify.training.running import RESULTS_FILE, checkpoint_to_resume
 from rectify.training.trainer import use_fast_attention
@@ -52,7 +54,8 @@ def train_q_network(
 
     Returns:
         The figures: TD loss, those of `q_metrics.value_metrics` of the final network on the validation trajectories
-        (computed, and returned, in the first process alone), and counts.
+        (computed, and returned, in the first process alone), and counts; `warning` where it foretells no better than
+        what knows no text; and the `strength` that was stored with it, or why there is none, `no_strength`.
 
     Raises:
         InvalidArgumentError: the folder holds another training.
@@ -116,9 +119,20 @@ def train_q_network(
             figures["calibration_scale"], figures["calibration_shift"] = recalibrate(network, rollouts.items)
         risks, toxic = network_risks(network, validation_set.items)
         figures |= {f"eval_{name}": value for name, value in value_metrics(risks, toxic).items()}
+        static = value_metrics(static_risks(table, validation_set.items, risks), toxic).get("brier", math.nan)
+        figures["eval_brier_static"] = static
+        warning = warning_of({name.removeprefix("eval_"): value for name, value in figures.items()}, static)
         figures = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
         folder = Path(str(arguments.output_dir))
         network.config.training = {**settings, "seed": arguments.seed, **figures}
+        figures["warning"] = warning
+        if model.strength_model != "none":
+            name = model.strength_model or generating_model(data.train_file, model.model_name_or_path)
+            try:
+                network.config.strength = choose_strength(network, name, validation_set.items)
+                figures["strength"] = asdict(network.config.strength)
+            except RectifyError as error:
+                figures["no_strength"] = first_line(error)
         if plot_training(trainer.state.log_history, risks, toxic, folder / "training.png"):
             logger.info("curves: %s", folder / "training.png")
         write_json(folder / RESULTS_FILE, figures)
