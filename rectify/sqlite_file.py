@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Self
@@ -33,6 +33,8 @@ class SqliteFile:
     format_version = 1
     tables: str
     """SQL statements that make them where they are missing."""
+    upgrades: Mapping[int, str] = {}
+    """What brings a file of an earlier format to the next one, an SQL statement for each."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -106,6 +108,9 @@ class SqliteFile:
         with self._transaction(connection):
             for statement in self.tables.split(";"):
                 connection.execute(statement)
+            former = connection.execute("PRAGMA user_version").fetchone()[0]
+            for version in range(former, self.format_version):
+                connection.execute(self.upgrades.get(version, ""))
             connection.execute(f"PRAGMA application_id = {self.application_id}")
             connection.execute(f"PRAGMA user_version = {self.format_version}")
 

@@ -111,7 +111,11 @@ class Fixed:
         (404, {"error": {"message": "no model m"}}, ChatError, "no chat completions of the model 'm'.*no model m"),
         (302, {}, ChatError, "base address"),
         (400, {"error": "what?"}, ReplyError, "INVALID_REQUEST, stub answers 400, 'what\\?'"),
-        (413, [], ReplyError, "TOO_LONG"),
+        (413, {"error": {"message": "long"}}, ReplyError, "TOO_LONG"),
+        (413, [], ChatError, "out of reach .*answers 413"),
+        (403, {"detail": "blocked by policy"}, ChatError, "out of reach .*answers 403.*a firewall"),
+        (400, {"object": "error", "message": "no", "code": 40303}, ReplyError, "INVALID_REQUEST"),
+        (402, {"error": {"message": "pay"}}, ChatError, "refuses .*pay"),
         (200, {"choices": [{"message": {"content": None}}]}, ReplyError, "INVALID_REQUEST"),
         (200, {"choices": []}, ReplyError, "BAD_RESPONSE"),
         (200, {"choices": [{"message": {"content": "hm \ud83d"}}]}, ReplyError, "BAD_RESPONSE"),
@@ -192,7 +196,7 @@ def test_a_known_reply_is_not_asked_for_again(tmp_path):
         CachedChat(make(service, sampling=ChatSampling(temperature=0)), cache).reply(ASKED, 0)
         assert (chat.reused, len(service.requests), len(cache)) == (1, 4, 4)
         with pytest.raises(ReplyError):
-            CachedChat(make(Fixed(400, {})), cache).reply(ASKED, 5)
+            CachedChat(make(Fixed(400, {"error": "no"})), cache).reply(ASKED, 5)
         assert len(cache) == 4
 
 

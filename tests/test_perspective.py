@@ -190,19 +190,58 @@ def test_a_permanent_error_is_the_reason_of_its_text_at_once(reason):
     assert service.calls == 1
 
 
-@pytest.mark.parametrize(
-    ("status", "body", "reason"),
-    [
-        (400, b"<html>", Reason.INVALID_REQUEST),
-        (400, b'{"error": {"details": ["odd", {"errorType": 3}]}}', Reason.INVALID_REQUEST),
-        (403, b"<html>blocked</html>", Reason.INVALID_REQUEST),
-        (413, b"", Reason.COMMENT_TOO_LONG),
-    ],
-)
-def test_a_permanent_error_of_another_form_is_one_of_its_text_too(status, body, reason):
-    service = Answers(status, body)
-    assert make(service).score(["text", "other"]).reasons == (reason, reason)
+FOREIGN = {
+    "page": (400, b"<html>"),
+    "odd": (400, b'{"error": {"details": ["odd", {"errorType": "INVALID_REQUEST"}]}}'),
+    "cut": (400, json.dumps(PERMANENT[Reason.INVALID_REQUEST].body()).encode()[:-9]),
+    "other code": (403, json.dumps(PERMANENT[Reason.INVALID_REQUEST].body()).encode()),
+    "another service": (400, b'{"error": {"message": "no", "type": "invalid_request_error", "code": "bad"}}'),
+    "nameless": (400, b'{"error": {"code": 400, "message": "no"}}'),
+    "firewall": (403, b"<html>blocked</html>"),
+    "proxy": (407, b""),
+    "sign in": (401, b"<html>"),
+    "too large": (413, b""),
+    "for legal reasons": (451, b"{}"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_what_is_not_of_the_services_own_form_is_no_verdict_on_a_text(what):
+    service = Answers(*FOREIGN[what])
+    with pytest.raises(EndpointError, match=f"out of reach.*answers {FOREIGN[what][0]}.*a proxy, a firewall"):
+        make(service).score(["text", "other"])
+    assert service.calls == 2  # the text, and a harmless one
+
+
+def test_a_login_page_is_told_at_once():
+    service = Answers(200, b"<html>Sign in</html>", **{"Content-Type": "text/html; charset=utf-8"})
+    with pytest.raises(EndpointError, match=r"answers 200.*a login page"):
+        make(service).score(["text"])
     assert service.calls == 2
+
+
+def test_a_text_that_a_firewall_dislikes_may_pass_another_time_and_the_others_pass_now():
+    class Firewall(StubService):
+        def answer(self, target, headers, body):
+            return StubReply(403, b"no", sent=2) if b"DROP TABLE" in body else super().answer(target, headers, body)
+
+    service = Firewall()
+    for texts in (["DROP TABLE", "b", "c"], ["a", "DROP TABLE"]):
+        scores = make(service).score(texts)
+        place = texts.index("DROP TABLE")
+        assert scores.reasons[place] is Reason.BLOCKED
+        assert [reason for at, reason in enumerate(scores.reasons) if at != place] == [None] * (len(texts) - 1)
+    assert service.calls["Hello."] == 1  # where nothing was answered yet, it is asked whether anything is
+    assert Reason.BLOCKED.passing
+
+
+def test_a_service_that_was_there_and_is_gone_ends_the_run():
+    service = StubService(lambda text, attempt: None if text < "text 05" else Fault(FaultKind.DROPPED))
+    texts = [f"text {number:02}" for number in range(100)]
+    scorer, done = make(service, retries=1), []
+    with pytest.raises(EndpointError, match=r"the last 16 calls got no answer, for all retries \(CONNECTION\)"):
+        done.extend((index, reason) for index, _, reason in scorer.score_stream(texts))
+    assert done == [(n, None) for n in range(5)] + [(n, Reason.CONNECTION) for n in range(5, 20)]
 
 
 BAD_KEYS = {
@@ -506,7 +545,9 @@ def test_the_key_is_in_no_address_log_or_error(caplog, monkeypatch):
         assert scorer.score(["refused"]).reasons == (Reason.CONNECTION,)  # by a port where nothing listens any more
         monkeypatch.setattr(socket, "getaddrinfo", no_address)
         unknown = PerspectiveScorer(endpoint="http://nowhere.invalid", **quick)
-        assert unknown.score(["text"]).reasons == (Reason.CONNECTION,)
+        with pytest.raises(EndpointError) as caught:
+            unknown.score(["text"])
+        errors.append(caught.value)
         for service in (
             StubService(key="other"),
             refusing(f"API key {KEY} is bad, ?key={quote(KEY)}&{quote(KEY, safe='')}"),

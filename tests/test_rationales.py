@@ -104,12 +104,13 @@ def test_the_command_goes_on_after_a_failure_and_pays_for_no_reply_twice(tmp_pat
     with StubServer(broken) as server, StubServer(whole) as other:
         spec = f"endpoint:{server.url},model=m,retries=0"
         code, _, err = run_command(main, capsys, "build", "rationales", "--teacher", spec, *flags)
-        assert code == 0
+        assert code == 3
         assert "no reply: 1 RATE_LIMIT" in err
         assert len(output.read_text().splitlines()) == 3
         known = len(broken.requests) - 1
         broken.faults = first_faults()
         code, _, err = run_command(main, capsys, "build", "rationales", "--teacher", spec, *flags)
+        assert code == 0
         assert f"cache: {known} replies were known" in err
         assert "rationales: 4 of 8 kept" in err
         assert len(broken.requests) == known + 3  # the failed one, the same again, and its check

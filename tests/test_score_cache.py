@@ -182,6 +182,20 @@ def test_a_file_that_is_no_whole_cache_is_refused_and_left_as_it_is(tmp_path, ma
     assert path.read_bytes() == content
 
 
+def test_what_the_first_format_may_have_of_proxies_is_asked_again(tmp_path):
+    path, scorer = tmp_path / "old.sqlite", CountingScorer()
+    texts = [f"<{reason}>" for reason in (Reason.INVALID_REQUEST, Reason.COMMENT_TOO_LONG, Reason.UNPARSED)] + ["fine"]
+    with ScoreCache(path) as cache:
+        CachedScorer(scorer, cache).score(texts)
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    for known in ([False, False, True, True], [True] * 4):
+        with ScoreCache(path) as cache:
+            assert [each.complete for each in cache.get(scorer, texts, ["TOXICITY"])] == known
+            CachedScorer(scorer, cache).score(texts)
+
+
 def test_a_later_format_is_refused(tmp_path):
     filled(tmp_path / "scores.sqlite")
     with sqlite3.connect(tmp_path / "scores.sqlite") as connection:

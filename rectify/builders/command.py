@@ -91,20 +91,19 @@ def make_parser(prog: str) -> Parser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Run the command.
+def run(arguments: argparse.Namespace) -> int | None:
+    """Run the command. Returns the exit code, or `None` for 0.
 
     Raises:
         RectifyError: something that was given cannot be used.
     """
-    others: dict[str, Callable[[argparse.Namespace], None]] = {
+    others: dict[str, Callable[[argparse.Namespace], int | None]] = {
         "rationales": rationales_command.run,
         "spans": spans_command.run,
         "cmd": cmd_command.run,
     }
     if arguments.kind in others:
-        others[arguments.kind](arguments)
-        return
+        return others[arguments.kind](arguments)
     for name in (TRAIN, VALIDATION):
         place = Path(arguments.output_dir) / name
         if any(place.resolve() == Path(text).resolve() for text in arguments.texts):
@@ -121,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
         labelled = read_labelled_texts(arguments.texts, arguments.text_column, arguments.label_column)
         labelled = sample_items(labelled, num_texts, settings.seed)
         say(str(label_trajectories(labelled, arguments.output_dir, settings.validation_share)))
-        return
+        return None
     for name in ("model", "reward_model"):
         if name not in given:
             raise InvalidArgumentError(
@@ -146,6 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
         decoder = method.bind(model, tokenizer, sampling)
     score = classifier.probabilities
     say(str(build_trajectories(texts, model, tokenizer, score, settings, arguments.output_dir, origin, decoder)))
+    return None
 
 
 def main(argv: list[str] | None = None, prog: str = "rectify build") -> int:

@@ -10,9 +10,10 @@ from typing import Any
 from rectify.builders.rationales import WORDINGS, write_rationales
 from rectify.builders.selection import sample_items
 from rectify.chat import CHATS, CachedChat, ReplyCache, make_chat
-from rectify.command_line import say
+from rectify.command_line import UNFINISHED, say
 from rectify.detectors.templates import TEMPLATES
 from rectify.json_files import write_records
+from rectify.scoring.scores import Reason
 from rectify.text_files import TEXT_COLUMN, one_a_file
 from rectify.training.instruction_rows import read_instruction_rows
 
@@ -45,8 +46,8 @@ def add_parser(kinds: Any) -> None:
     parser.add_argument("--cache", metavar="FILE", help="replies that are not asked for again (default: beside output)")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Run the command.
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command. Returns the exit code.
 
     Raises:
         RectifyError: something that was given cannot be used.
@@ -79,3 +80,4 @@ def run(arguments: argparse.Namespace) -> None:
     if written.failures:
         say("those without a reply may get one another time: run the same command again")
     say(f"output: {output}; what was dropped: {output}.dropped")
+    return UNFINISHED if any(Reason(reason).passing for reason in written.failures) else 0

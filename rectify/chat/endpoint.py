@@ -72,6 +72,7 @@ class EndpointChat:
         self._calls = Calls(
             url,
             secret,
+            gone=self._gone,
             rate=rate,
             workers=workers,
             timeout=timeout,
@@ -114,8 +115,10 @@ class EndpointChat:
         def judge(status: int, answer: Any) -> Reason | None:
             nonlocal said
             if status != 200:
-                said = self._said(status, answer)
-                return self._judge_error(status, said)
+                message = _message(answer)
+                host = urlsplit(self._calls.url).netloc
+                said = f"{host} answers {status}, {self._calls.key.hide_in(message or '')[:400]!r}"
+                return self._judge_error(status, message is not None, said)
             try:
                 content = answer["choices"][0]["message"]["content"]
             except (TypeError, LookupError):
@@ -134,23 +137,38 @@ class EndpointChat:
             raise ReplyError(reason, said)
         return replies[-1]
 
-    def _judge_error(self, status: int, said: str) -> Reason:
+    def _judge_error(self, status: int, own: bool, said: str) -> Reason:
+        """What an error comes to; `own`: whether it has the form of the service's errors."""
         if status in PASSING_STATUSES:
             named = {408: Reason.TIMEOUT, 429: Reason.RATE_LIMIT_EXCEEDED}
             return named.get(status, Reason.SERVER_ERROR)
-        if status in (401, 403):
-            state = "refused" if self._calls.key else "missing"
-            raise ChatError(f"key is {state} ({said}): give one that this server accepts in {KEY_VARIABLE}")
         if status in (404, 405, 410) or status < 400:
             raise ChatError(
                 f"endpoint {self._calls.url!r} has no chat completions of the model {self.model!r} ({said}): give the "
                 "base address, which often ends in /v1, and a model that it has"
             )
+        if not own:  # of a proxy, a firewall or another service
+            return Reason.BLOCKED
+        if status in (401, 403):
+            state = "refused" if self._calls.key else "missing"
+            raise ChatError(f"key is {state} ({said}): give one that this server accepts in {KEY_VARIABLE}")
+        if status not in (400, 413, 422):
+            raise ChatError(f"endpoint {self._calls.url!r} refuses ({said}): mend what it says, or give another")
         return Reason.COMMENT_TOO_LONG if status == 413 else Reason.INVALID_REQUEST
 
-    def _said(self, status: int, answer: Any) -> str:
-        """What a server says of an error, without the key."""
-        error = answer.get("error") if isinstance(answer, dict) else None
-        message = error.get("message") if isinstance(error, dict) else error
-        host = urlsplit(self._calls.url).netloc
-        return f"{host} answers {status}, {self._calls.key.hide_in(str(message or ''))[:400]!r}"
+    def _gone(self, problem: str) -> ChatError:
+        return ChatError(
+            f"endpoint {self._calls.url!r} is out of reach ({problem}): mend that, or give another; replies are kept, "
+            "and the same command goes on"
+        )
+
+
+def _message(answer: Any) -> str | None:
+    """The message of an error in one of the forms of servers of chat completions; `None` for another form."""
+    if not isinstance(answer, dict):
+        return None
+    error = answer.get("error")
+    if answer.get("object") == "error":
+        error = answer
+    message = error.get("message") if isinstance(error, dict) else error
+    return message if isinstance(message, str) else None

@@ -9,12 +9,13 @@ import argparse
 import sys
 from collections import Counter
 
-from rectify.command_line import Parser, execute, say
+from rectify.command_line import UNFINISHED, Parser, execute, say
 from rectify.detectors.decisions import UNPARSED, Writing, decisions, write_table
 from rectify.errors import InvalidArgumentError
 from rectify.json_files import json_line
 from rectify.sampling import Sampling
 from rectify.scoring.load import add_allow
+from rectify.scoring.scores import Reason
 from rectify.text_files import TEXT_COLUMN, read_texts
 
 
@@ -52,8 +53,8 @@ def make_parser(prog: str) -> Parser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Run the command.
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command. Returns the exit code.
 
     Raises:
         RectifyError: something that was given cannot be used.
@@ -77,6 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
         sys.stdout.writelines(map(json_line, records))
     if arguments.csv:
         write_table(records, arguments.csv)
+    passing = {reason.value for reason in Reason if reason.passing}
     labels = Counter(record["label"] for record in records)
     say(f"texts: {len(records)}, " + ", ".join(f"{count} {label}" for label, count in labels.most_common()))
     if labels[UNPARSED]:
@@ -85,6 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     deciders = Counter(record["decided_by"] for record in records)
     if len(deciders) > 1:
         say("decided by: " + ", ".join(f"{name} {count}" for name, count in deciders.most_common()))
+    return UNFINISHED if any(record.get("problem") in passing for record in records) else 0
 
 
 def main(argv: list[str] | None = None, prog: str = "rectify detect") -> int:

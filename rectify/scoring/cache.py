@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -64,7 +65,10 @@ class ScoreCache(SqliteFile):
     """
 
     application_id = 0x72656374
+    format_version = 2
     tables = _TABLES
+    # the first format kept what proxies and firewalls answered as if the service had said it: it is asked for again
+    upgrades = MappingProxyType({1: "DELETE FROM scores WHERE reason IN ('INVALID_REQUEST', 'COMMENT_TOO_LONG')"})
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)

@@ -21,17 +21,21 @@ from requests.auth import AuthBase
 from urllib3 import Retry
 from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError, ReadTimeoutError
 
-from rectify.errors import InvalidArgumentError
+from rectify.errors import InvalidArgumentError, RectifyError
 from rectify.scoring.rate_limit import Clock, TokenBucket
 from rectify.scoring.scores import Reason
+from rectify.scoring.unreachable import why_unreachable
 from rectify.version import __version__
 
 logger = logging.getLogger(__name__)
 
 PASSING_STATUSES = frozenset({408, 429, *range(500, 600)})
 MAX_ANSWER_BYTES = 4 * 2**20
+_GIVEN_UP = 16  # calls one after another, each after all its retries, until a service counts as gone
 
 Result = TypeVar("Result")
+Judge = Callable[[int, Any], Reason | None]
+"""What is wrong with an answer, given its status and its decoded body, `None` where that is no JSON."""
 
 
 class Key(AuthBase):
@@ -109,12 +113,13 @@ def warn_if_shown(url: str, key: Key) -> None:
 
 
 class _Outcome(NamedTuple):
-    """What one call comes to: a reason without an answer, or an answer."""
+    """What one call comes to: a reason without an answer, and why it will not get better; or an answer."""
 
     reason: Reason | None = None
     status: int = 0
     body: Any = None
     retry_after: str | None = None
+    unreachable: str | None = None
 
 
 class Calls:
@@ -125,9 +130,13 @@ class Calls:
     a token from, retries too; a server's `Retry-After` holds all of them. No redirection is followed: the key is for
     one host. No message of `requests` is passed on, as it may hold whatever the request does.
 
+    A service that has not answered yet and cannot be reached (its name, its port, a proxy, TLS), or that something on
+    the way answers for, ends the run at once; so does one that was reached and is gone.
+
     Args:
         url: where to.
         key: to it.
+        gone: from what is wrong to the error that ends the run.
         rate: calls a second; infinity for no limit.
         workers: threads that call at the same time.
         timeout: seconds until a connection, and between parts of an answer.
@@ -147,6 +156,7 @@ class Calls:
         url: str,
         key: Key,
         *,
+        gone: Callable[[str], RectifyError],
         rate: float,
         workers: int = 8,
         timeout: float = 20.0,
@@ -166,7 +176,9 @@ class Calls:
         for name, seconds in (("backoff", backoff), ("max_retry_after", max_retry_after)):
             if not 0 <= seconds < math.inf:
                 raise InvalidArgumentError(f"{name} is {seconds}: give seconds, 0 or more and not endless")
-        self.url, self.key = url, key
+        self.url, self.key, self._gone = url, key, gone
+        self._answered = False  # by the service itself, and not by something on the way
+        self._lost = 0  # calls without an answer since
         self._timeout, self._time_limit, self._max_retry_after = timeout, time_limit, max_retry_after
         self._clock = clock or Clock()
         self._bucket = TokenBucket(rate, clock=self._clock)
@@ -192,21 +204,27 @@ class Calls:
         self._adapter.close()
 
     def post(
-        self, body: Any, judge: Callable[[int, Any], Reason | None], stop: threading.Event | None = None
+        self,
+        body: Any,
+        judge: Judge,
+        stop: threading.Event | None = None,
+        harmless: tuple[Any, Judge] | None = None,
     ) -> Reason | None:
         """Post until an answer is as wanted, or no other is to be expected.
 
         Args:
             body: a JSON value.
-            judge: what is wrong with an answer, given its status and its decoded body, `None` where it is no JSON; it
-                keeps what it needs of it.
+            judge: keeps what it needs of an answer; `BLOCKED` is for those that are not the service's own.
             stop: set by another thread to end the waiting.
+            harmless: another body and judge, to tell a service that is out of reach from a body that something on the
+                way does not let through.
 
         Returns:
             `None`, or why there is no answer as wanted.
 
         Raises:
             CancelledError: it was stopped.
+            RectifyError: no other body would fare better; see `gone`.
             Exception: whatever `judge` raises.
         """
         stop = stop or threading.Event()
@@ -217,21 +235,47 @@ class Calls:
         retry = self._retry
         while True:
             outcome = self._call(data, deadline)
+            if outcome.unreachable and not self._answered:
+                raise self._gone(outcome.unreachable)
             reason = outcome.reason or judge(outcome.status, outcome.body)
+            if reason is None or not reason.passing or reason is Reason.SCORE_MISSING:
+                self._answered, self._lost = True, 0
             if reason is None or not reason.passing:
                 return reason
+            if reason is Reason.BLOCKED:  # not tried again: what decides by rules decides alike
+                self._check_blocked(outcome, stop, harmless)
+                return self._without_answer(reason)
             try:
                 retry = retry.increment("POST")
             except MaxRetryError:
-                return reason
+                return self._without_answer(reason)
             if (asked := self._pause(outcome)) is not None:
                 self._bucket.hold(asked)
             elif (pause := retry.get_backoff_time()) > 0:
                 if self._clock.now() + pause > deadline:
-                    return reason
+                    return self._without_answer(reason)
                 self._clock.wait(pause, stop)
             if not self._bucket.acquire(stop, deadline):
-                return reason
+                return self._without_answer(reason)
+
+    def _check_blocked(self, outcome: _Outcome, stop: threading.Event, harmless: tuple[Any, Judge] | None) -> None:
+        """End the run where something on the way lets nothing through to the service."""
+        if self._answered:
+            return
+        if harmless is None:
+            raise self._gone(
+                f"something on the way, or another service, answers {outcome.status}, and not in the service's own "
+                "form: a proxy, a firewall or a login page?"
+            )
+        self.post(harmless[0], harmless[1], stop)
+
+    def _without_answer(self, reason: Reason) -> Reason:
+        """Count a call that got no answer after all retries."""
+        if reason is not Reason.SCORE_MISSING:
+            self._lost += 1
+            if self._lost >= _GIVEN_UP:
+                raise self._gone(f"the last {self._lost} calls got no answer, for all retries ({reason})")
+        return reason
 
     def _call(self, data: bytes, deadline: float) -> _Outcome:
         timeout = max(min(self._timeout, deadline - self._clock.now()), 0.001)
@@ -252,10 +296,14 @@ class Calls:
             return _Outcome(Reason.TIMEOUT)
         except (requests.exceptions.ContentDecodingError, requests.exceptions.ChunkedEncodingError):
             return _Outcome(Reason.BAD_RESPONSE)
-        except requests.RequestException:
-            return _Outcome(Reason.CONNECTION)
+        except requests.RequestException as error:
+            return _Outcome(Reason.CONNECTION, unreachable=why_unreachable(error))
         except (HTTPError, ValueError):  # of the body alone
             return _Outcome(Reason.BAD_RESPONSE)
+        except OSError as error:
+            return _Outcome(Reason.CONNECTION, unreachable=why_unreachable(error))
+        if response.status_code == 200 and response.headers.get("Content-Type", "").startswith("text/html"):
+            return _Outcome(Reason.BLOCKED, 200)  # a login page
         try:
             body = json.loads(content)
         except (ValueError, RecursionError):

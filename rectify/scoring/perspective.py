@@ -37,7 +37,8 @@ class PerspectiveScorer:
     """A `Scorer` that asks a server of the Perspective API.
 
     Each text is one call. What may pass (429, 5xx, timeouts, broken connections, answers that are cut short or lack an
-    attribute) is tried again, `retries` times and for `time_limit` seconds at most; what is permanent is not. All
+    attribute) is tried again, `retries` times and for `time_limit` seconds at most; what is permanent is not, and is so
+    only by an error of the service's own form: what a proxy or a firewall answers is no verdict on a text. All
     threads share one pool of connections and one token bucket, which every call takes a token from, retries too; a
     server's `Retry-After` holds all of them. Texts are sent with `doNotStore` unless told otherwise. The key goes in a
     header: no address, hence no log and no error, holds it.
@@ -103,6 +104,7 @@ class PerspectiveScorer:
         self._calls = Calls(
             self._endpoint.url,
             self._endpoint.key,
+            gone=self._endpoint.gone,
             rate=rate,
             workers=workers,
             timeout=timeout,
@@ -137,7 +139,7 @@ class PerspectiveScorer:
         Raises:
             UnknownAttributeError: an attribute is none of the scorer's, or the server knows it not.
             ApiKeyError: the server refuses the key.
-            EndpointError: the endpoint is no such server.
+            EndpointError: the endpoint is no such server, or is out of reach.
         """
         asked = check_attributes(self, attributes)
         return gathered(self._stream(texts, asked), len(texts), asked)
@@ -220,4 +222,5 @@ class PerspectiveScorer:
                 return None if len(scores) == len(attributes) else Reason.SCORE_MISSING
             return reason
 
-        return scores, self._calls.post(body, judge, stop)
+        greeting = analyze_body("Hello.", attributes, languages=self.languages, do_not_store=True)
+        return scores, self._calls.post(body, judge, stop, (greeting, self._endpoint.judge))

@@ -69,37 +69,52 @@ class Endpoint:
         """
         if status == 200:
             return None
-        message, names = _error(body)
+        message, names = _error(status, body)
         if status == 429 or names & {"RATE_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED"}:
             return Reason.RATE_LIMIT_EXCEEDED
         if status in PASSING_STATUSES:
             return Reason.TIMEOUT if status == 408 else Reason.SERVER_ERROR
         said = f"{self.host} answers {status}, {self.key.hide_in(message)[:400]!r}"
-        # a 403 without a name is a firewall's, which may dislike this one text
-        if status == 401 or (status == 403 and names) or "API_KEY_INVALID" in names or "api key" in message.lower():
-            raise ApiKeyError(
-                f"key is {'refused' if self.key else 'missing'} ({said}): give one that this server accepts as key, "
-                f"or in {KEY_VARIABLE}; a local scorer needs none"
-            )
         if status in (404, 405, 410) or status < 400:
             raise EndpointError(
                 f"endpoint {self.url!r} is not the Perspective API ({said}): give another, as argument or in "
                 f"{URL_VARIABLE}, or take a local scorer (Google's service ends with 2026)"
             )
+        if not names:  # of a proxy, a firewall or another service: no verdict on the text
+            return Reason.BLOCKED
+        if status in (401, 403) or "API_KEY_INVALID" in names or "api key" in message.lower():
+            raise ApiKeyError(
+                f"key is {'refused' if self.key else 'missing'} ({said}): give one that this server accepts as key, "
+                f"or in {KEY_VARIABLE}; a local scorer needs none"
+            )
         if re.search("unknown requested attribute|is not supported by attribute", message, re.IGNORECASE):
             raise UnknownAttributeError(f"attributes are not all known to the server ({said}): leave that one out")
+        if status not in (400, 413):
+            return Reason.SERVER_ERROR
         if status == 413:
             return Reason.COMMENT_TOO_LONG
         return next((reason for reason in _PERMANENT if reason in names), Reason.INVALID_REQUEST)
 
+    def gone(self, problem: str) -> EndpointError:
+        """The error of a service that cannot be reached."""
+        return EndpointError(
+            f"endpoint {self.url!r} is out of reach ({problem}): mend that, give another as argument or in "
+            f"{URL_VARIABLE}, or take a local scorer; what is scored is kept, and the same command goes on"
+        )
 
-def _error(body: Any) -> tuple[str, set[str]]:
-    """The message of an error body, and every name that it gives to the error."""
+
+def _error(status: int, body: Any) -> tuple[str, set[str]]:
+    """The message of an error, and every name that the service gives to it; no name where the error is not its own.
+
+    Its own errors have the form of Google's: the HTTP status as a number, a message, and the status' name.
+    """
     error = body.get("error") if isinstance(body, dict) else None
-    if not isinstance(error, dict):
+    if not isinstance(error, dict) or error.get("code") != status:
+        return "", set()
+    message, name = error.get("message"), error.get("status")
+    if not isinstance(message, str) or not isinstance(name, str) or not name:
         return "", set()
     details = error.get("details")
-    records = [error, *(details if isinstance(details, list) else [])]
-    names = ("status", "errorType", "reason")
-    found = [record.get(name) for record in records if isinstance(record, dict) for name in names]
-    return str(error.get("message", "")), {name for name in found if isinstance(name, str)}
+    records = [each for each in (details if isinstance(details, list) else []) if isinstance(each, dict)]
+    found = [name, *(record.get(key) for record in records for key in ("errorType", "reason"))]
+    return message, {each for each in found if isinstance(each, str)}

@@ -9,7 +9,7 @@ import argparse
 from contextlib import ExitStack
 from typing import Any
 
-from rectify.command_line import Parser, execute, say
+from rectify.command_line import UNFINISHED, Parser, execute, say
 from rectify.errors import InvalidArgumentError
 from rectify.scoring.cache import CachedScorer, ScoreCache
 from rectify.scoring.load import SCORERS, add_allow, judges_pairs, load_scorer
@@ -27,7 +27,8 @@ def make_parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         description="Score texts; the records come back with scores beside each text.",
-        epilog="scorers: " + "; ".join(f"{form}: {what}" for form, what in SCORERS.items()),
+        epilog=f"scorers: {'; '.join(f'{form}: {what}' for form, what in SCORERS.items())}. Exit code: 2 where "
+        f"something is refused or out of reach, {UNFINISHED} where a text lacks a score that it may yet get, else 0.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -87,8 +88,8 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Run the command.
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command. Returns the exit code.
 
     Raises:
         RectifyError: something that was given cannot be used.
@@ -114,6 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
             say(f"output: {arguments.output}")
         for line in tally.lines(scorer):
             say(line)
+        return UNFINISHED if tally.passing else 0
 
 
 def main(argv: list[str] | None = None, prog: str = "rectify score") -> int:

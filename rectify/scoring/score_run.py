@@ -105,6 +105,11 @@ class Tally:
                 self.totals[attribute] += value
                 self.toxic[attribute] += value >= TOXIC
 
+    @property
+    def passing(self) -> int:
+        """How many texts lack a score that they may get another time."""
+        return sum(count for reason, count in self.failures.items() if Reason(reason).passing)
+
     def lines(self, scorer: Scorer) -> list[str]:
         """What is said at the end."""
         failed = sum(self.failures.values())
@@ -120,8 +125,10 @@ class Tally:
         if failed:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.failures.most_common())
             said.append(f"without a score: {failed} ({reasons})")
-        if passing := sum(count for reason, count in self.failures.items() if Reason(reason).passing):
-            said.append(f"{passing} of them may get one another time: run again with the same cache and a new output")
+        if self.passing:
+            said.append(
+                f"{self.passing} of them may get one another time: run again with the same cache and a new output"
+            )
         return said
 
 

@@ -44,6 +44,8 @@ class Reason(StrEnum):
     CONNECTION = "CONNECTION"
     BAD_RESPONSE = "BAD_RESPONSE"
     """The answer could not be understood."""
+    BLOCKED = "BLOCKED"
+    """Something on the way, such as a firewall, refused the call; not the service."""
 
     @property
     def passing(self) -> bool:
@@ -57,6 +59,7 @@ _PASSING = {
     Reason.TIMEOUT,
     Reason.CONNECTION,
     Reason.BAD_RESPONSE,
+    Reason.BLOCKED,
     Reason.SCORE_MISSING,
 }
 
