@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -246,7 +247,7 @@ class DeadEndQNetwork(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where token ids go, and the head is."""
-        return next(self.head.parameters()).device
+        return next(chain(self.head.parameters(), self.trunk.parameters())).device
 
     @property
     def context(self) -> int | None:

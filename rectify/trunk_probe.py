@@ -21,7 +21,14 @@ from transformers import DynamicCache
 
 from rectify.errors import InvalidArgumentError, first_line
 from rectify.growing_cache import growing_cache, has_grown, keep
-from rectify.trunk_states import Abilities, hidden_states, input_device, rotation_of, takes_positions
+from rectify.trunk_states import (
+    Abilities,
+    hidden_states,
+    input_device,
+    position_arguments,
+    rotation_of,
+    takes_positions,
+)
 
 _LENGTH, _SHARED, _PADDING = 12, 5, 3
 _CLOSE = {torch.float64: 1e-4, torch.float32: 1e-4}  # of what a state ranges over
@@ -116,10 +123,12 @@ class OwnCache:
     Attributes:
         steps: one token after the other gives the states of a run over the whole text.
         reorders: it does so after the rows were put into another order.
+        pads: it does so with padding on the left.
     """
 
     steps: bool
     reorders: bool
+    pads: bool
 
 
 class _Probe:
@@ -166,25 +175,39 @@ class _Probe:
         return Abilities(False, pads, batches, numbers, self.rotation)
 
     def own_cache(self) -> OwnCache:
+        end = self.length - 2
         for made in (True, False):
-            if self._holds(partial(self._steps, made)):
-                return OwnCache(True, self._holds(partial(self._steps, made, self.length - 2)))
-        return OwnCache(False, False)
+            if self._holds(partial(self._steps, made, end, _PADDING)):
+                return OwnCache(True, True, True)
+            if self._holds(partial(self._steps, made, None, 0)):
+                reorders = self._holds(partial(self._steps, made, end, 0))
+                return OwnCache(True, reorders, self._holds(partial(self._steps, made, None, _PADDING)))
+        return OwnCache(False, False, False)
 
-    def _steps(self, made: bool, reordered: int | None = None) -> bool:
+    def _steps(self, made: bool, reordered: int | None, padding: int) -> bool:
         """One token after the other with a cache that was `made` by `generate`, or is by the model."""
         names = inspect.signature(self.trunk.forward).parameters
         name = "past_key_values" if "past_key_values" in names else "cache_params"
-        cache, texts, expected = DynamicCache(config=self.config) if made else None, self.texts, self.states
+        cache = DynamicCache(config=self.config) if made else None
+        ids, mask = self._shifted(padding)
+        expected = torch.stack((self.states[0].roll(padding, 0), self.states[1]))
+        real = mask.bool()[..., None]
         for end in range(self.shared, self.length + 1):
             begin = 0 if end == self.shared else end - 1
             if end == reordered:
-                order = torch.tensor([1, 0], device=texts.device)
+                order = torch.tensor([1, 0], device=ids.device)
                 cast(Any, cache).reorder_cache(order)
-                texts, expected = texts[order], expected[order]
-            output = self.trunk(input_ids=texts[:, begin:end], use_cache=True, **{name: cache})
+                ids, mask, real, expected = ids[order], mask[order], real[order], expected[order]
+            arguments: dict[str, Any] = {name: cache}
+            if padding:
+                arguments |= {
+                    "attention_mask": mask[:, :end],
+                    **position_arguments(self.trunk, mask[:, :end], end - begin),
+                }
+            output = self.trunk(input_ids=ids[:, begin:end], use_cache=True, **arguments)
             cache = output[name] if cache is None else cache
-            if not self._same(output.last_hidden_state, expected[:, begin:end]):
+            states = torch.where(real[:, begin:end], output.last_hidden_state, expected[:, begin:end])
+            if not self._same(states, expected[:, begin:end]):
                 return False
         return True
 
@@ -236,10 +259,10 @@ class _Probe:
         return has_grown(cache, self.length) and self._same(again, expected[order, middle:])
 
     def _shifted(self, padding: int) -> tuple[Tensor, Tensor]:
-        """The texts, the first of them without its end and after some padding."""
+        """The texts, the first of them without its end and after some padding, in which any token may stand."""
         ids, mask = self.texts.clone(), torch.ones_like(self.texts)
         ids[0, padding:] = self.texts[0, : self.length - padding]
-        ids[0, :padding] = mask[0, :padding] = 0
+        ids[0, :padding], mask[0, :padding] = self.texts[0, -1], 0
         return ids, mask
 
     def _refusal(self, reason: str) -> InvalidArgumentError:

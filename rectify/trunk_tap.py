@@ -281,6 +281,8 @@ class TrunkTap:
             ones = torch.ones_like(text[:, :past], dtype=torch.bool)
             held = ones if known is None else known[:, :past]
             sound = sound & ((ones if mask is None else mask[:, :past]) == held).all()
+        if past and mask is not None and not self._own_cache.pads:
+            sound = sound & mask.all()
         sound = sound & self._positions_agree(given.get("position_ids"), mask, past, count)
         number, thread = next(self._numbers), threading.get_ident()
         return _Reading(number, thread, text, embedded, mask, sound, hidden)
