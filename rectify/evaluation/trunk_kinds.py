@@ -27,8 +27,8 @@ RULE = Tilt(beta=2.0)
 SIZES = {
     r"vocab_size|n_vocab|.*_vocab_size|vocab_size_per_layer_input|unpadded_vocab_size": VOCABULARY,
     r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_target_positions|model_max_length": 256,
-    r"num_hidden_layers|n_layers?|num_layers|decoder_layers|num_decoder_layers|num_blocks": 2,
-    r"encoder_layers|num_encoder_layers|depth|conf_num_hidden_layers|num_layers_per_stack": 1,
+    r"num_hidden_layers|n_layers?|num_layers|decoder_layers|num_decoder_layers|num_blocks|encoder_layers": 2,
+    r"num_encoder_layers|depth|conf_num_hidden_layers|num_layers_per_stack": 1,
     r"num_attention_heads|n_heads?|.*attention_heads|num_heads": 4,
     r".*key_value_heads|num_kv_heads": 2,
     r"hidden_size|n_embd|d_model|emb_dim|embedding_dim|.*embedding_size|word_embed_proj_dim|lru_width": 32,
@@ -81,8 +81,13 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, **MAMBA},
-    "dots1": {"num_key_value_heads": 4},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "kimi_linear": {"num_experts_per_token": 2},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v4": {"layer_types": None, "num_hidden_layers": 4},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "ministral": {"head_dim": 8},
@@ -121,8 +126,11 @@ def small(config: PreTrainedConfig, kind: str = "", given: dict[str, Any] | None
     found |= {"initializer_range": 0.3} if hasattr(config, "initializer_range") else {}
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         found[name] = ("pad_token_id", "bos_token_id", "eos_token_id").index(name)
+    if "kv_lora_rank" in found:  # all heads read one latent
+        found["num_key_value_heads"] = found.get("num_attention_heads", 4)
     for name in ("layer_types", "layers_block_type", "block_types"):
-        if isinstance(vars(config).get(name), list | tuple):
+        read_only = isinstance(getattr(type(config), name, None), property)
+        if isinstance(vars(config).get(name), list | tuple) and not read_only:
             kinds = [*dict.fromkeys(getattr(config, name))]  # one layer of each kind
             found[name] = kinds * (2 if len(kinds) == 1 else 1)
             found["num_hidden_layers"] = len(found[name])
@@ -161,7 +169,7 @@ def draw(rows: int, length: int, seed: int = 0) -> Tensor:
 @torch.no_grad()
 def alone(trunk: PreTrainedModel, row: Tensor) -> Tensor:
     """The state after one text without padding, mask or cache."""
-    return cast(Any, trunk)(input_ids=row[row != MASKED][None]).last_hidden_state[0, -1]
+    return cast(Any, trunk)(input_ids=row[row != MASKED][None], use_cache=False).last_hidden_state[0, -1]
 
 
 def compare(found: Tensor, trunk: PreTrainedModel, prefixes: Tensor, what: str) -> None:
