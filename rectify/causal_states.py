@@ -18,12 +18,11 @@ from rectify.growing_cache import growing_cache
 from rectify.packed_attention import Packing, can_pack, packed
 from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.thread_lock import ThreadLock
-from rectify.trunk_probe import abilities_of, close_for, gap, probe_texts, undisturbed
+from rectify.trunk_probe import abilities_of, close_for, gap, probe_texts, tried
 from rectify.trunk_states import Abilities, hidden_states, input_device, takes_positions, text_states
 
 _SAME = 0.01  # of the largest state: what two runs of the same weights may differ by
 
-_branches: weakref.WeakKeyDictionary[nn.Module, tuple[object, bool]] = weakref.WeakKeyDictionary()
 # a trunk that attends to packed rows reads nothing else meanwhile, for whoever that is
 _locks: weakref.WeakKeyDictionary[nn.Module, ThreadLock] = weakref.WeakKeyDictionary()
 
@@ -49,41 +48,40 @@ class CausalStates:
     @property
     def branches(self) -> bool:
         """Whether `encode_branches` gives the states that the texts have alone; tried on a few tokens."""
-        attention, known = self.trunk.config._attn_implementation, _branches.get(self.trunk)
-        if known is None or known[0] != attention:
-            # windows are longer than a trial
-            layers = set(getattr(self.config, "layer_types", None) or ["full_attention"])
-            bounded = getattr(self.config, "sliding_window", None) and not hasattr(self.config, "layer_types")
-            odd = any(getattr(self.config, name, None) for name in ("alibi", "attention_layers"))  # Falcon's, GPT-Neo's
-            masked = attention in ("eager", "sdpa") and layers == {"full_attention"} and not bounded and not odd
-            may = masked and self._takes_positions and self.abilities.caches
-            known = _branches[self.trunk] = attention, may and self._branches_well()
-        return known[1]
+        return tried(self.trunk, "branches", lambda _: self._may_branch() and self._branches_well())
+
+    def _may_branch(self) -> bool:
+        """Whether every layer reads the whole text: windows are longer than a trial."""
+        layers = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+        bounded = getattr(self.config, "sliding_window", None) and not hasattr(self.config, "layer_types")
+        odd = any(getattr(self.config, name, None) for name in ("alibi", "attention_layers"))  # Falcon's, GPT-Neo's
+        whole = layers == {"full_attention"} and not bounded and not odd
+        masked = self.trunk.config._attn_implementation in ("eager", "sdpa")
+        return whole and masked and self._takes_positions and self.abilities.caches
 
     def _branches_well(self) -> bool:
         """Whether next tokens side by side, not all of which are asked for, have the states of whole texts."""
-        with undisturbed(self.trunk):
-            first, second = probe_texts(self.trunk, 9, 5)
-            ids, tokens = first[:5].repeat(2, 1), torch.stack((first[5:8], second[5:8]))
-            mask, real = torch.ones_like(ids), torch.ones_like(tokens, dtype=torch.bool)
-            real[1, 1] = False
-            if self.abilities.pads:
-                ids[1, 0] = mask[1, 0] = 0
-            apart = torch.eye(3, dtype=torch.bool, device=ids.device).repeat(2, 1, 1)
-            seen = torch.cat((mask.bool()[:, None].expand(-1, 3, -1), apart), -1)[:, None]
-            try:
-                cache = growing_cache()
-                self._run(ids, mask if self.abilities.pads else None, cache)
-                found = self._run_branches(tokens, seen, mask.sum(-1, keepdim=True).expand(-1, 3), cache, real)
-                whole = torch.stack(
-                    [
-                        self._run(torch.cat((row[kept.bool()].expand(3, -1), of_row[:, None]), 1))[:, -1]
-                        for row, kept, of_row in zip(ids, mask, tokens, strict=True)
-                    ]
-                )
-            except Exception:  # a model may fail in any way at what it was not made for, and then it is not asked to
-                return False
-            return gap(found[real][None], whole[real][None]) <= close_for(whole.dtype)
+        first, second = probe_texts(self.trunk, 9, 5)
+        ids, tokens = first[:5].repeat(2, 1), torch.stack((first[5:8], second[5:8]))
+        mask, real = torch.ones_like(ids), torch.ones_like(tokens, dtype=torch.bool)
+        real[1, 1] = False
+        if self.abilities.pads:
+            ids[1, 0] = mask[1, 0] = 0
+        apart = torch.eye(3, dtype=torch.bool, device=ids.device).repeat(2, 1, 1)
+        seen = torch.cat((mask.bool()[:, None].expand(-1, 3, -1), apart), -1)[:, None]
+        try:
+            cache = growing_cache()
+            self._run(ids, mask if self.abilities.pads else None, cache)
+            found = self._run_branches(tokens, seen, mask.sum(-1, keepdim=True).expand(-1, 3), cache, real)
+            whole = torch.stack(
+                [
+                    self._run(torch.cat((row[kept.bool()].expand(3, -1), of_row[:, None]), 1))[:, -1]
+                    for row, kept, of_row in zip(ids, mask, tokens, strict=True)
+                ]
+            )
+        except Exception:  # a model may fail in any way at what it was not made for, and then it is not asked to
+            return False
+        return gap(found[real][None], whole[real][None]) <= close_for(whole.dtype)
 
     @property
     def context(self) -> int | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,7 +29,7 @@ from rectify.saved_config import read_config
 from rectify.saved_weights import check_finite, read_weights, shapes_of
 from rectify.strength import Strength
 from rectify.trunk_probe import abilities_of
-from rectify.trunk_states import Abilities, hidden_states, takes_positions, text_states
+from rectify.trunk_states import Abilities, hidden_states, input_device, takes_positions, text_states, weights_of
 from rectify.vocabulary import Fingerprint
 
 CONFIG_FILE, HEAD_FILE = "q_config.json", "head.safetensors"
@@ -143,9 +144,9 @@ class DeadEndQNetwork(nn.Module):
             rank, mlp_size, base_rate: see `QConfig`.
         """
         body: PreTrainedModel | PeftModel = cast(PreTrainedModel, trunk.base_model)
-        embeddings = cast(nn.Embedding, body.get_input_embeddings()).weight
+        embedding = cast(nn.Embedding, body.get_input_embeddings())
         config = QConfig(
-            vocab_size=embeddings.shape[0],
+            vocab_size=embedding.weight.shape[0],
             hidden_size=body.config.get_text_config().hidden_size,
             rank=rank,
             mlp_size=mlp_size,
@@ -171,8 +172,9 @@ class DeadEndQNetwork(nn.Module):
                 body = cast(PeftModel, get_peft_model(body, adapter))
             adapter.base_model_name_or_path = config.base_model
         network = cls(config, body)
-        cast(LowRankHead, network.head).start_from_embeddings(embeddings)
-        network.to(embeddings.device)
+        with weights_of(embedding) as embeddings:
+            cast(LowRankHead, network.head).start_from_embeddings(embeddings)
+        network.head.to(input_device(network.trunk))
         abilities_of(network.trunk)  # refused now, if it is not causal
         return network
 
@@ -249,8 +251,8 @@ class DeadEndQNetwork(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+        """Where token ids go, and the head is."""
+        return next(chain(self.head.parameters(), self.trunk.parameters())).device
 
     @property
     def context(self) -> int | None:
@@ -298,9 +300,9 @@ def _make_head(config: QConfig) -> LowRankHead | PublishedHead:
 
 @torch.no_grad()
 def signature(trunk: PreTrainedModel) -> list[float] | None:
-    """32 of a trunk's weights, from its last matrix, with three digits; `None` where they are quantised."""
+    """32 of a trunk's last matrix, with three digits; `None` where they are quantised or offloaded."""
     weight = [parameter for parameter in trunk.parameters() if parameter.ndim == 2][-1]
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.is_meta:
         return None
     places = torch.linspace(0, weight.numel() - 1, 32, dtype=torch.float64).long().to(weight.device)
     return [float(f"{value:.3g}") for value in weight.flatten()[places].tolist()]

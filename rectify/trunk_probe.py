@@ -6,42 +6,66 @@ refused; what another cannot do is not asked of it, and whole texts are run inst
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from rectify.errors import InvalidArgumentError, first_line
 from rectify.growing_cache import growing_cache, has_grown, keep
-from rectify.trunk_states import Abilities, hidden_states, input_device, rotation_of, takes_positions
+from rectify.trunk_states import (
+    Abilities,
+    hidden_states,
+    input_device,
+    position_arguments,
+    rotation_of,
+    takes_positions,
+)
 
 _LENGTH, _SHARED, _PADDING = 12, 5, 3
 _CLOSE = {torch.float64: 1e-4, torch.float32: 1e-4}  # of what a state ranges over
 _CLOSE_IN_HALF = 0.1
 
+_T = TypeVar("_T")
 _lock = threading.RLock()
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[object, Abilities]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, str], Any]] = weakref.WeakKeyDictionary()
 
 
 def abilities_of(trunk: nn.Module) -> Abilities:
     """What a trunk can do, tried the first time that it is asked for, and anew where its attention was exchanged.
 
     Args:
-        trunk: a model without its output embedding.
+        trunk: a model without its output embedding; that of a `PeftModel` is tried.
 
     Raises:
         InvalidArgumentError: its states are not those of prefixes, so that nothing right can be made of them.
     """
-    attention = getattr(trunk.config, "_attn_implementation", None)
-    known = _known.get(trunk)
-    if known is None or known[0] != attention:
-        with _lock, undisturbed(trunk):
-            known = _known[trunk] = attention, _Probe(trunk).abilities()
-    return known[1]
+    return tried(trunk, "abilities", lambda inner: _Probe(inner).abilities())
+
+
+def own_cache_of(trunk: nn.Module) -> OwnCache:
+    """What the cache holds that a model generates with; errors as of `abilities_of`."""
+    return tried(trunk, "own cache", lambda inner: _Probe(inner).own_cache())
+
+
+def tried(trunk: nn.Module, what: str, trial: Callable[[nn.Module], _T]) -> _T:
+    """What a trial says of a trunk, which is made once for each kind of attention; the trunk is not changed by it."""
+    inner = trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
+    key = getattr(inner.config, "_attn_implementation", None), what
+    with _lock:
+        known = _known.setdefault(inner, {})
+        if key not in known:
+            with undisturbed(inner):
+                known[key] = trial(inner)
+        return known[key]
 
 
 @contextmanager
@@ -92,6 +116,21 @@ def probe_texts(trunk: nn.Module, length: int, shared: int) -> Tensor:
     return torch.tensor([first, second], device=input_device(trunk))
 
 
+@dataclass(frozen=True)
+class OwnCache:
+    """What was seen of the cache that a model generates with.
+
+    Attributes:
+        steps: one token after the other gives the states of a run over the whole text.
+        reorders: it does so after the rows were put into another order.
+        pads: it does so with padding on the left.
+    """
+
+    steps: bool
+    reorders: bool
+    pads: bool
+
+
 class _Probe:
     """Two texts of one beginning, and their states in a run of both."""
 
@@ -112,6 +151,9 @@ class _Probe:
             raise self._refusal(
                 f"it gives states of shape {tuple(self.states.shape)} for {tuple(self.texts.shape)} ids"
             )
+        width = getattr(config, "hidden_size", self.states.shape[-1])
+        if self.states.shape[-1] != width:
+            raise self._refusal(f"they are {self.states.shape[-1]} wide, and its configuration says {width}")
         if not self.states.isfinite().all():
             raise self._refusal("its states are not finite numbers")
         self.close = close_for(self.states.dtype)
@@ -126,11 +168,48 @@ class _Probe:
         numbers = self._holds(self._numbered)
         pads = batches and numbers and self._holds(self._padded)
         if batches and self.length > _PADDING + 3:
-            if pads and self._holds(lambda: self._kept(_PADDING)):
+            if pads and self._holds(partial(self._kept, _PADDING)):
                 return Abilities(caches=True, rotation=self.rotation)
-            if self._holds(lambda: self._kept(0)):
+            if self._holds(partial(self._kept, 0)):
                 return Abilities(caches=True, pads=False, numbers=numbers, rotation=self.rotation)
         return Abilities(False, pads, batches, numbers, self.rotation)
+
+    def own_cache(self) -> OwnCache:
+        end = self.length - 2
+        for made in (True, False):
+            if self._holds(partial(self._steps, made, end, _PADDING)):
+                return OwnCache(True, True, True)
+            if self._holds(partial(self._steps, made, None, 0)):
+                reorders = self._holds(partial(self._steps, made, end, 0))
+                return OwnCache(True, reorders, self._holds(partial(self._steps, made, None, _PADDING)))
+        return OwnCache(False, False, False)
+
+    def _steps(self, made: bool, reordered: int | None, padding: int) -> bool:
+        """One token after the other with a cache that was `made` by `generate`, or is by the model."""
+        names = inspect.signature(self.trunk.forward).parameters
+        name = "past_key_values" if "past_key_values" in names else "cache_params"
+        cache = DynamicCache(config=self.config) if made else None
+        ids, mask = self._shifted(padding)
+        expected = torch.stack((self.states[0].roll(padding, 0), self.states[1]))
+        real = mask.bool()[..., None]
+        for end in range(self.shared, self.length + 1):
+            begin = 0 if end == self.shared else end - 1
+            if end == reordered:
+                order = torch.tensor([1, 0], device=ids.device)
+                cast(Any, cache).reorder_cache(order)
+                ids, mask, real, expected = ids[order], mask[order], real[order], expected[order]
+            arguments: dict[str, Any] = {name: cache}
+            if padding:
+                arguments |= {
+                    "attention_mask": mask[:, :end],
+                    **position_arguments(self.trunk, mask[:, :end], end - begin),
+                }
+            output = self.trunk(input_ids=ids[:, begin:end], use_cache=True, **arguments)
+            cache = output[name] if cache is None else cache
+            states = torch.where(real[:, begin:end], output.last_hidden_state, expected[:, begin:end])
+            if not self._same(states, expected[:, begin:end]):
+                return False
+        return True
 
     def _holds(self, trial: Callable[[], bool]) -> bool:
         try:
@@ -180,10 +259,10 @@ class _Probe:
         return has_grown(cache, self.length) and self._same(again, expected[order, middle:])
 
     def _shifted(self, padding: int) -> tuple[Tensor, Tensor]:
-        """The texts, the first of them without its end and after some padding."""
+        """The texts, the first of them without its end and after some padding, in which any token may stand."""
         ids, mask = self.texts.clone(), torch.ones_like(self.texts)
         ids[0, padding:] = self.texts[0, : self.length - padding]
-        ids[0, :padding] = mask[0, :padding] = 0
+        ids[0, :padding], mask[0, :padding] = self.texts[0, -1], 0
         return ids, mask
 
     def _refusal(self, reason: str) -> InvalidArgumentError:

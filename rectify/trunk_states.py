@@ -100,13 +100,35 @@ def position_arguments(model: nn.Module, attention_mask: Tensor, count: int) -> 
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its token ids: the device of its input embedding, even while that is offloaded."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    for module in (embedding, model):
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(embedding.parameters()).device
+    """Where a model takes its token ids: by its input embedding, whose weights may be elsewhere while it rests."""
+    embedding = _embedding(model)
+    for module in (embedding, model, *model.modules()):
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    weights = embedding if embedding is not None else model
+    return next(weights.parameters(), torch.empty(0)).device
+
+
+@contextmanager
+def weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """The weights of an embedding, which are fetched meanwhile if they are elsewhere while it rests."""
+    if not module.weight.is_meta:
+        yield module.weight
+        return
+    from accelerate.utils import align_module_device  # whoever has put them elsewhere has it
+
+    with align_module_device(module):
+        yield module.weight
+
+
+def _embedding(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

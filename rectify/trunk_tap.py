@@ -20,9 +20,9 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from rectify.causal_body import causal_body, is_body_of
 from rectify.errors import InvalidArgumentError
 from rectify.prefix_memo import MASKED, PrefixMemo
-from rectify.quiet_peft import BaseTunerLayer
 from rectify.risk_model import RiskModel
 from rectify.thread_lock import ThreadLock
+from rectify.trunk_probe import own_cache_of
 from rectify.trunk_states import Abilities, positions_of
 
 _WIDTH = 64  # features of a recurrent state
@@ -100,12 +100,13 @@ class TrunkTap:
     def __init__(self, q_network: RiskModel, model: PreTrainedModel, use_cache: bool = True) -> None:
         self.trunk = causal_body(model)
         self._fallback = PrefixMemo(q_network, use_cache)
+        self._own_cache = own_cache_of(self.trunk)
         if not isinstance(model.get_output_embeddings(), nn.Module):
             raise InvalidArgumentError(
                 f"model is a {type(model).__name__}, without an output embedding: give a causal one"
             )
         self._names = [*inspect.signature(self.trunk.forward).parameters]
-        self._tuned = next((module for module in self.trunk.modules() if isinstance(module, BaseTunerLayer)), None)
+        self._tuned: Any = next(filter(_is_tuned, self.trunk.modules()), None)
         self._setting = self._now()
         self._numbers = itertools.count()
         self._local = threading.local()
@@ -254,10 +255,13 @@ class TrunkTap:
             before = begun.before
             if before is None or before.text.shape[1] < past:
                 return None
-            text, sound, known = before.text[:, :past], before.sound, before.real
+            text, known = before.text[:, :past], before.real
+            sound = before.sound if self._own_cache.steps else False
             embedded = before.embedded
             rows, same = _origin(before, begun.rows, past, len(new))
             sound = sound & same
+            if rows is not None and not self._own_cache.reorders:
+                sound = sound & (rows == torch.arange(len(rows), device=rows.device)).all()
             if sound is False:
                 return None
             if rows is not None:
@@ -276,6 +280,8 @@ class TrunkTap:
             ones = torch.ones_like(text[:, :past], dtype=torch.bool)
             held = ones if known is None else known[:, :past]
             sound = sound & ((ones if mask is None else mask[:, :past]) == held).all()
+        if past and mask is not None and not self._own_cache.pads:
+            sound = sound & mask.all()
         sound = sound & self._positions_agree(given.get("position_ids"), mask, past, count)
         number, thread = next(self._numbers), threading.get_ident()
         return _Reading(number, thread, text, embedded, mask, sound, hidden)
@@ -309,6 +315,11 @@ class TrunkTap:
         return cache if isinstance(cache, Cache) else None
 
 
+def _is_tuned(module: nn.Module) -> bool:
+    """Whether a module is one that peft has put an adapter around."""
+    return hasattr(module, "active_adapters") and isinstance(getattr(module, "disable_adapters", None), bool)
+
+
 def _length(cache: Cache, before: _Reading | None) -> int | None:
     """How many positions a cache holds; `None` where that cannot be told."""
     try:
@@ -323,9 +334,14 @@ def _length(cache: Cache, before: _Reading | None) -> int | None:
         return None if before is None else before.text.shape[1]
 
 
+def _layers(cache: Cache) -> list[Any]:
+    """The layers of the decoder, where others' are kept as well."""
+    return getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
+
+
 def _keeps_all(cache: Cache, length: int) -> bool:
-    keys = [getattr(layer, "keys", None) for layer in cache.layers]
-    return all(isinstance(each, Tensor) and each.ndim == 4 and each.shape[-2] >= length for each in keys)
+    keys = [getattr(layer, "keys", None) for layer in _layers(cache)]
+    return bool(keys) and all(isinstance(each, Tensor) and each.ndim == 4 and each.shape[-2] >= length for each in keys)
 
 
 def _rows_of(cache: Cache, length: int) -> Tensor | None:
@@ -334,7 +350,7 @@ def _rows_of(cache: Cache, length: int) -> Tensor | None:
     They are of the last layer that keeps anything, whose numbers depend on all that was read before them. `None` where
     they cannot be found.
     """
-    for layer in reversed(cache.layers):
+    for layer in reversed(_layers(cache)):
         keys = getattr(layer, "keys", None)
         if isinstance(keys, Tensor) and keys.ndim == 4 and keys.numel():
             return keys[:, 0, : min(length, keys.shape[-2]), :_KEY_WIDTH].flatten(1).clone()

@@ -13,6 +13,7 @@ from rectify.errors import CheckpointError, InvalidArgumentError, ReplyError
 from rectify.hub import available_device, load_language_model
 from rectify.sampling import Sampling
 from rectify.scoring.scores import Reason
+from rectify.trunk_states import input_device
 
 
 class LocalChat:
@@ -63,13 +64,17 @@ class LocalChat:
             raise InvalidArgumentError(
                 f"messages do not fit the model's chat template ({error}): give others, or another model"
             ) from error
-        inputs = cast(Any, written).to(self._model.device)
+        inputs = cast(Any, written).to(input_device(self._model))
         length = inputs["input_ids"].shape[1]
         if self._context is not None and length + self.sampling.max_new_tokens > self._context:
             raise ReplyError(Reason.COMMENT_TOO_LONG)
-        devices = [self._model.device] if self._model.device.type != "cpu" else []
+        device = input_device(self._model)
+        devices = [device] if device.type != "cpu" else []
         # one at a time, as the random generator is that of the process
-        with self._lock, torch.random.fork_rng(devices, device_type=self._model.device.type if devices else "cuda"):
+        with (
+            self._lock,
+            torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
+        ):
             torch.manual_seed(seed)
             output = cast(Any, self._model).generate(
                 **inputs,

@@ -16,6 +16,7 @@ from rectify.evaluation.overhead import Ratio, make_ratio, orders
 from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.sampling import Sampling
 from rectify.support import Support, candidates_of
+from rectify.trunk_states import input_device
 
 STEP = "step"
 
@@ -79,7 +80,7 @@ def walk(
 ) -> Walk:
     """Sample a continuation of each prompt, `new_tokens` long."""
     tokenizer.padding_side = "left"
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True).to(input_device(model))
     torch.manual_seed(seed)
     made = cast(Any, model).generate(
         **inputs,

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from rectify.errors import InvalidArgumentError
 from rectify.generation.generator import read_once
-from rectify.trunk_states import position_arguments
+from rectify.trunk_states import input_device, position_arguments
 
 CUT = math.log(10)
 """A token is cut where its log-probability falls by more than this."""
@@ -194,13 +194,13 @@ def prompted_nll(
     for start in range(0, len(prompts), size):
         some = prompts[start : start + size]
         texts = [text for ones in continuations[start : start + size] for text in ones]
-        whole = text_batch(some, [()] * len(some), side="left", device=model.device)
+        whole = text_batch(some, [()] * len(some), side="left", device=input_device(model))
         cache = read_once(model, whole.input_ids, whole.attention_mask, n)
         if cache is None:
             sums.append(continuation_nll(model, [prompt for prompt in some for _ in range(n)], texts, batch_size).nll)
             continue
         last = [prompt[-1:] for prompt in some for _ in range(n)]
-        batch = text_batch(last, texts, device=model.device)
+        batch = text_batch(last, texts, device=input_device(model))
         mask = torch.cat((whole.attention_mask[:, :-1].repeat_interleave(n, 0), batch.attention_mask), -1)
         positions = position_arguments(model, mask, batch.input_ids.shape[1])
         logits = cast(Any, model)(
@@ -252,7 +252,7 @@ def _batches(
         text_batch(prompts, continuations)  # refuses
     for start in range(0, len(prompts), size):
         end = start + size
-        yield text_batch(prompts[start:end], continuations[start:end], device=model.device)
+        yield text_batch(prompts[start:end], continuations[start:end], device=input_device(model))
 
 
 def model_logits(model: PreTrainedModel, batch: TextBatch) -> Tensor:

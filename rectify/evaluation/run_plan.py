@@ -14,6 +14,7 @@ from rectify.errors import InvalidArgumentError
 from rectify.evaluation.parts import read_json
 from rectify.generation.prompts import Prompt
 from rectify.json_files import write_json
+from rectify.trunk_states import input_device
 
 PLAN_FILE = "plan.json"
 _ROWS = {"cpu": 400}
@@ -43,7 +44,7 @@ def automatic_batch_size(model: PreTrainedModel, n: int, length: int) -> int:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = 2 * config.num_hidden_layers * heads * size * length * model.dtype.itemsize
     scores = 8 * config.vocab_size * 8  # several copies, some in float64
-    device = model.device
+    device = input_device(model)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     rows = min(_ROWS.get(device.type, _ROWS_ELSEWHERE), int(free * _SHARE / (2 * keys + scores)))
     return max(1, rows // n)

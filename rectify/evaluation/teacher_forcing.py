@@ -18,6 +18,7 @@ from rectify.q_network import DeadEndQNetwork
 from rectify.rule import Rule
 
 _LOGITS = 1 << 26
+from rectify.trunk_states import input_device
 
 
 @torch.no_grad()
@@ -45,7 +46,9 @@ def forced_nll(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         # padded on the right, so that every prefix begins with its text
-        batch = text_batch([prompts[row] for row in rows], [continuations[row] for row in rows], device=model.device)
+        batch = text_batch(
+            [prompts[row] for row in rows], [continuations[row] for row in rows], device=input_device(model)
+        )
         logits = model_logits(model, batch)
         processor.reset()
         processor.set_attention_mask(batch.attention_mask[:, :1])  # nothing before a text

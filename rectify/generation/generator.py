@@ -26,7 +26,7 @@ from rectify.keyed_noise import KeyedSampling, row_keys
 from rectify.methods.method import Decoder, MethodProcessor
 from rectify.processor import RectificationProcessor
 from rectify.sampling import Sampling
-from rectify.trunk_states import position_arguments
+from rectify.trunk_states import input_device, position_arguments
 
 Item = TypeVar("Item")
 
@@ -128,7 +128,7 @@ class Generator:
             processor: a method's; `None` for the model as it is.
         """
         inputs = self.encode(prompts, return_tensors="pt", padding=True)
-        ids, mask = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
+        ids, mask = (inputs[name].to(input_device(self.model)) for name in ("input_ids", "attention_mask"))
         n = self.num_return_sequences
         new = self.new_tokens(ids, mask, self.keys(prompts), processor, copies=n, number=number).tolist()
         continuations = [self._continuation(ids) for ids in new]
@@ -168,7 +168,7 @@ class Generator:
         if processor is not None:
             processor.set_attention_mask(attention_mask)
         if keys is not None:
-            first = [processor] if processor is not None else self.sampling.warpers(self.model.device)
+            first = [processor] if processor is not None else self.sampling.warpers(input_device(self.model))
             how: dict[str, Any] = self.sampling.generate_kwargs() | {
                 "do_sample": False,
                 "logits_processor": [*before, *first, KeyedSampling(keys, length)],

@@ -21,6 +21,7 @@ from rectify.generation.prompts import Prompt
 from rectify.keyed_noise import KeyedSampling
 from rectify.methods.method import Decoder, MethodProcessor
 from rectify.processor import RectificationProcessor, Statistics
+from rectify.trunk_states import input_device
 
 _UNFINISHED = "\ufffd"
 _AT_CAP = 1e-5
@@ -131,7 +132,7 @@ def trace_of(
     forced = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)  # nothing is noted of what follows an end
     for row, ids in enumerate(rows):
         forced[row, : len(ids)] = torch.tensor(ids)
-    device = generator.model.device
+    device = input_device(generator.model)
     warpers = generator.sampling.warpers(device)
     replay = _Replay(decoder.processor, warpers, forced.to(device), generator.keys(prompts))
     replace(generator, max_new_tokens=forced.shape[1]).continue_batch(prompts, processor=replay)

@@ -15,6 +15,7 @@ from rectify.methods.method import Decoder, Method
 from rectify.padding import Padding
 from rectify.processor import Statistics
 from rectify.sampling import Sampling
+from rectify.trunk_states import input_device
 
 
 class WarpingProcessor(LogitsProcessor):
@@ -27,7 +28,7 @@ class WarpingProcessor(LogitsProcessor):
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> None:
         self.sampling = Sampling.resolve(model.generation_config, **sampling)
-        self._warpers = self.sampling.warpers(model.device)
+        self._warpers = self.sampling.warpers(input_device(model))
         self.padding = Padding(model, tokenizer)
 
     def warp(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from rectify.detectors import ToxicityClassifier
 from rectify.errors import InvalidArgumentError
 from rectify.methods.base import WarpingProcessor
 from rectify.methods.method import Decoder, Method
+from rectify.trunk_states import input_device
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class BestOfN(Method):
 
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> Decoder:
         """See `Method.bind`."""
-        classifier = ToxicityClassifier.from_pretrained(self.path or "pocket-reward").to(model.device).eval()
+        classifier = ToxicityClassifier.from_pretrained(self.path or "pocket-reward").to(input_device(model)).eval()
 
         def toxicity(texts: Sequence[str]) -> np.ndarray:
             return classifier.probabilities([text.strip() for text in texts], batch_size=256)

@@ -26,6 +26,7 @@ from rectify.methods.method import Decoder, Method, MethodProcessor
 from rectify.methods.self_detoxifier import load_detoxifier
 from rectify.padding import pad_left
 from rectify.sampling import Sampling
+from rectify.trunk_states import input_device
 
 _TAIL = 24  # tokens that hold the marker, whatever the tokenizer
 
@@ -171,7 +172,7 @@ class ChainWriter:
         self, own: Generator, frames: Sequence[list[int]], keys: Tensor | None, copies: int, limit: int
     ) -> list[list[int]]:
         """What is written after each frame, `copies` times, as far as the marker that a continuation follows."""
-        ids, mask = pad_left(frames, self.model.device)
+        ids, mask = pad_left(frames, input_device(self.model))
         reached = _Reached(self.tokenizer, ids.shape[1])
         new = own.new_tokens(
             ids,
@@ -198,14 +199,14 @@ class ChainWriter:
         good = [place for place, one in enumerate(steps) if isinstance(one, Steps)]
         if not good:
             return found
-        ids, mask = pad_left([[*frames[place // n], *rows[place]] for place in good], self.model.device)
+        ids, mask = pad_left([[*frames[place // n], *rows[place]] for place in good], input_device(self.model))
         texts = [cast(Steps, steps[place]).safe_text(prompts[place // n].text) for place in good]
         safe = [cast(list[int], self.tokenizer(text)["input_ids"]) for text in texts]
-        self.final.follow(safe, ids.shape[1], self.model.device)
+        self.final.follow(safe, ids.shape[1], input_device(self.model))
         keys = own.keys(prompts)
         # the marker that closes a continuation is an end too
         least = MinNewTokensLengthLogitsProcessor(
-            ids.shape[1], own.min_new_tokens, [self._close[0]], device=str(self.model.device)
+            ids.shape[1], own.min_new_tokens, [self._close[0]], device=str(input_device(self.model))
         )
         new = own.new_tokens(
             ids,
@@ -274,7 +275,7 @@ class Cmd(Method):
                 f"{final.label} reads the states of the base model, and cmd writes with another: give a Q network with "
                 "a trunk of its own"
             )
-        adapted = load_detoxifier(cast(str, self.path), tokenizer, model.dtype, model.device)
+        adapted = load_detoxifier(cast(str, self.path), tokenizer, model.dtype, input_device(model))
         chains = WarpingProcessor(adapted, tokenizer, sampling)
         safe = SafePrefix(other.processor)
         writer = ChainWriter(adapted, tokenizer, chains, safe, self.chain_tokens, self.chain == "greedy", self.tries)

@@ -18,6 +18,7 @@ from rectify.methods.base import WarpingProcessor
 from rectify.methods.expert_pair import load_experts
 from rectify.methods.method import Decoder, Method
 from rectify.prefix_memo import MASKED
+from rectify.trunk_states import input_device
 
 
 class DExpertsProcessor(WarpingProcessor):
@@ -102,5 +103,5 @@ class DExperts(Method):
 
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> Decoder:
         """See `Method.bind`."""
-        pair = load_experts(cast(str, self.path), tokenizer, model.dtype, model.device)
+        pair = load_experts(cast(str, self.path), tokenizer, model.dtype, input_device(model))
         return Decoder(DExpertsProcessor(*pair, self.alpha, model, tokenizer, sampling), reads=pair)

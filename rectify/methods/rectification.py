@@ -21,6 +21,7 @@ from rectify.risk_model import RiskModel
 from rectify.rule import Rule, make_rule
 from rectify.static_risk import StaticTokenRisk
 from rectify.strength import stored_strength
+from rectify.trunk_states import input_device
 
 _STRENGTHS = {"tilt": "beta", "advantage": "tau", "mask": "threshold", "cap": "epsilon"}
 _RULE: dict[str, Any] = {"rule": "tilt", "beta": None, "tau": None, "threshold": None, "epsilon": None}
@@ -94,7 +95,7 @@ class Rectify(_Valued):
     def risk_model(self, model: PreTrainedModel) -> RiskModel:
         """The Q network."""
         path, dtype = self.path or "pocket-q", DTYPES[self.dtype]
-        return DeadEndQNetwork.from_pretrained(path, dtype=dtype, device=model.device, model=model)
+        return DeadEndQNetwork.from_pretrained(path, dtype=dtype, device=input_device(model), model=model)
 
     def combined_with(self, other: Method) -> Method:
         """With a detector: see `RectifyWithDetector`."""
@@ -115,7 +116,7 @@ class Static(_Valued):
 
     def risk_model(self, model: PreTrainedModel) -> RiskModel:
         """The table."""
-        return StaticTokenRisk.from_pretrained(cast(str, self.path), device=model.device)
+        return StaticTokenRisk.from_pretrained(cast(str, self.path), device=input_device(model))
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Detector(_Ruled):
     def load(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DetectorValue:
         """The detector's value, on the model's device."""
         path = cast(str, self.path)
-        return DetectorValue.from_pretrained(path, tokenizer, self.candidates, self.k, device=model.device)
+        return DetectorValue.from_pretrained(path, tokenizer, self.candidates, self.k, device=input_device(model))
 
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> Decoder:
         """See `Method.bind`.

@@ -17,6 +17,7 @@ from rectify.json_files import sha256_of
 from rectify.methods.base import WarpingProcessor
 from rectify.methods.method import Decoder, Method
 from rectify.prefix_memo import MASKED
+from rectify.trunk_states import input_device
 
 
 class RewardRerankingProcessor(WarpingProcessor):
@@ -88,7 +89,7 @@ class RewardReranking(Method):
 
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Mapping[str, Any]) -> Decoder:
         """See `Method.bind`."""
-        classifier = ToxicityClassifier.from_pretrained(self.path or "pocket-reward", device=model.device)
+        classifier = ToxicityClassifier.from_pretrained(self.path or "pocket-reward", device=input_device(model))
         value = DetectorValue(classifier, tokenizer)
         processor = RewardRerankingProcessor(value, self.beta, self.k, model, tokenizer, sampling)
         return Decoder(processor, reads=(classifier,), revision=sha256_of(classifier.config.calibration))

@@ -17,6 +17,7 @@ from rectify.json_files import sha256_of
 from rectify.methods.base import WarpingProcessor
 from rectify.methods.method import Decoder, Method
 from rectify.scoring.keywords import read_terms
+from rectify.trunk_states import input_device
 
 
 class WordFilterProcessor(WarpingProcessor):
@@ -47,7 +48,7 @@ class WordFilterProcessor(WarpingProcessor):
         pieces = tokenizer.batch_decode([[token] for token in range(min(width, len(tokenizer)))])
         goes_on = torch.zeros(width, dtype=torch.bool)
         goes_on[: len(pieces)] = torch.tensor([piece[-1:].isalnum() for piece in pieces])
-        self._goes_on = goes_on.to(model.device)
+        self._goes_on = goes_on.to(input_device(model))
         by_length: dict[int, set[tuple[bool, tuple[int, ...]]]] = defaultdict(set)
         for term in terms:
             for form in {term, term.lower(), term.capitalize(), term.upper()}:
@@ -55,8 +56,8 @@ class WordFilterProcessor(WarpingProcessor):
                     by_length[len(ids)].add((spaced, ids))
         self._words = [
             (
-                torch.tensor([ids for _, ids in sorted(words)], device=model.device),
-                torch.tensor([spaced for spaced, _ in sorted(words)], device=model.device),
+                torch.tensor([ids for _, ids in sorted(words)], device=input_device(model)),
+                torch.tensor([spaced for spaced, _ in sorted(words)], device=input_device(model)),
             )
             for _, words in sorted(by_length.items())
         ]

@@ -14,6 +14,7 @@ from rectify.hub import model_place
 from rectify.keyed_noise import KeyedSampling, row_keys
 from rectify.pretrained import read_model, read_tokenizer, refusing_unusable
 from rectify.sampling import Sampling
+from rectify.trunk_states import input_device
 
 _TOKENS_A_MASK = 5
 _ROWS = 64
@@ -87,9 +88,9 @@ class Seq2SeqFiller:
         for start in range(0, len(order), _ROWS):
             places = order[start : start + _ROWS]
             some = self.tokenizer([texts[place] for place in places], return_tensors="pt", padding=True)
-            some = {name: some[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+            some = {name: some[name].to(input_device(self.model)) for name in ("input_ids", "attention_mask")}
             keys = row_keys(self.seed, [masked[place] for place in places], [attempt])
-            processors = [*self.sampling.warpers(self.model.device), KeyedSampling(keys, 1)]
+            processors = [*self.sampling.warpers(input_device(self.model)), KeyedSampling(keys, 1)]
             output = cast(Any, self.model).generate(
                 **some,
                 **self.sampling.generate_kwargs()
