@@ -16,9 +16,9 @@ from rectify.evaluation.fluency import CUT, FLOOR, ForcedLikelihood, counted_pla
 from rectify.methods.method import MethodProcessor
 from rectify.q_network import DeadEndQNetwork
 from rectify.rule import Rule
+from rectify.trunk_states import input_device
 
 _LOGITS = 1 << 26
-from rectify.trunk_states import input_device
 
 
 @torch.no_grad()
