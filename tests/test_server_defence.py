@@ -410,6 +410,24 @@ def test_what_is_not_answered_in_time_at_the_end_gets_an_error():
         assert answer(asking).startswith(b"HTTP/1.1 503")
 
 
+def test_what_a_gone_client_asked_for_is_not_scored(caplog):
+    scorer = FakeScorer()
+    scorer.gate.clear()
+    with Running(make_app(scorer, max_batch=1)) as running:
+        sent = head("POST", ANALYZE_PATH, f"Content-Length: {len(CALL)}") + CALL
+        many = batch([part()] * 50)
+        with connect(running, sent), connect(running, sent):
+            connect(
+                running, head("POST", "/batch", f"Content-Type: {MIXED}", f"Content-Length: {len(many)}") + many
+            ).close()
+            time.sleep(0.2)
+        time.sleep(0.2)
+        scorer.gate.set()
+        assert running.post(json.loads(CALL)).status_code == 200
+    assert len(scorer.batches) == 2  # the first was being scored
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The log
 

@@ -23,7 +23,8 @@ from uvicorn.server import ServerState
 
 from rectify.errors import WireError
 from rectify.scoring.bodies import BODY_SECONDS
-from rectify.scoring.failures import kind_and_place
+from rectify.scoring.failures import kind_and_place, log_loop_failure
+from rectify.scoring.server import GONE, TASK
 from rectify.scoring.wire_errors import malformed_error, unavailable_error
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ class _Hall:
         if len(self._held) >= self._patience.connections and not self._make_room():
             return False
         self._held.add(connection)
+        if connection.loop.get_exception_handler() is None:  # asyncio's own logs what callbacks were given
+            connection.loop.set_exception_handler(log_loop_failure)
         if self._timer is None:
             self._timer = connection.loop.call_later(_TICK, self._look)
         return True
@@ -155,6 +158,11 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
         self._hall.leave(self)
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+        if self.cycle is not None and not self.cycle.response_complete:
+            scope: dict[str, Any] = self.cycle.scope  # type: ignore[assignment]
+            scope[GONE] = True
+            if TASK in scope:
+                scope[TASK].cancel()
 
     def get_buffer(self, sizehint: int) -> bytearray:
         self._buffer = bytearray(_READ_BYTES)

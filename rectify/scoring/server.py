@@ -33,11 +33,13 @@ from rectify.scoring.service import MAX_BODY, Reply, Service
 from rectify.scoring.wire import ANALYZE_PATH, SUGGEST_PATH
 from rectify.scoring.wire_errors import internal_error, method_error, path_error, unavailable_error
 
-__all__ = ["MAX_BATCH_BODY", "MAX_BODY", "make_app"]
+__all__ = ["GONE", "MAX_BATCH_BODY", "MAX_BODY", "TASK", "make_app"]
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH_BODY = 2**23
+TASK, GONE = "rectify.task", "rectify.gone"
+"""In the scope of a request: the task that answers it, and whether nobody waits for the answer any more."""
 _CALLS_AT_ONCE = 16  # of a batch, so that no batch fills the queue of the scorer
 _REST_SECONDS = 5.0
 _QUERY = "rectify.query"
@@ -78,9 +80,10 @@ def make_app(
 
     Example:
         >>> import uvicorn
+        >>> from rectify.scoring.connections import patient_protocol
         >>> from rectify.scoring.load import load_scorer
         >>> from rectify.scoring.server import make_app
-        >>> uvicorn.run(make_app(load_scorer("pocket")), port=8000)  # doctest: +SKIP
+        >>> uvicorn.run(make_app(load_scorer("pocket")), http=patient_protocol(), ws="none")  # doctest: +SKIP
     """
     asked = check_attributes(scorer, scorer.attributes if attributes is None else attributes)
     batcher = Batcher(scorer, max_batch=max_batch, max_delay=max_delay)
@@ -153,6 +156,7 @@ class _Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope[TASK] = asyncio.current_task()
         names = {name for name, _ in scope["headers"]}
         coming = bool(names & {b"content-length", b"transfer-encoding"})
         # a client that waits for leave to send its body, and gets an answer instead, may yet send it: as a next request
@@ -183,7 +187,9 @@ class _Guard:
 
         try:
             await self.app(scope, hear, tell)
-        except asyncio.CancelledError:  # the server ends
+        except asyncio.CancelledError:  # the server ends, or the client has gone
+            if scope.get(GONE):
+                return
             if not answered:
                 coming = False
                 await _response(Reply.of_error(unavailable_error()))(scope, hear, tell)
