@@ -18,6 +18,7 @@ import requests
 from test_server import KEY, FakeScorer, Running, error_of, value_of
 
 from rectify.errors import WireError
+from rectify.scoring import freed_memory
 from rectify.scoring.bodies import Intake
 from rectify.scoring.connections import Patience, patient_protocol
 from rectify.scoring.failures import TextFreeFormatter, log_loop_failure
@@ -535,6 +536,22 @@ def test_a_scorer_that_fails_is_an_error_and_no_score(result, caplog):
         assert running.post(analyze_body(MARKER, ["TOXICITY"], span_annotations=True)).status_code >= 500
     said = "\n".join(caplog.handler.format(record) for record in caplog.records if "urllib3" not in record.name)
     assert MARKER not in said
+
+
+def test_freed_memory_is_given_back_again_and_again(monkeypatch):
+    calls, twice = [], threading.Event()
+
+    def trim(kept):
+        calls.append(kept)
+        if len(calls) == 2:
+            twice.set()
+
+    monkeypatch.setattr(freed_memory, "_trim", lambda: trim)
+    with freed_memory.memory_given_back(0.001):
+        assert twice.wait(5)
+    monkeypatch.setattr(freed_memory, "_trim", lambda: None)
+    with freed_memory.memory_given_back(0.001):
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------------------------

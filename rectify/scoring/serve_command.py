@@ -12,6 +12,7 @@ import sys
 from rectify.command_line import Parser, execute, say
 from rectify.errors import InvalidArgumentError, first_line
 from rectify.scoring.failures import text_free_log
+from rectify.scoring.freed_memory import memory_given_back
 from rectify.scoring.load import SCORERS, add_allow, load_scorer
 
 KEYS_VARIABLE = "RECTIFY_API_KEYS"
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         public_url=arguments.public_url,
     )
     connections, backlog = _places()
-    with _listen(arguments.host, arguments.port, backlog) as listening, text_free_log():
+    with _listen(arguments.host, arguments.port, backlog) as listening, text_free_log(), memory_given_back():
         config = uvicorn.Config(
             app,
             http=patient_protocol(Patience(connections)),

@@ -1,0 +1,35 @@
+"""Freed memory goes back to the system: glibc keeps what a few long texts took, some hundred MB, for ever."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def memory_given_back(seconds: float = 10.0) -> Iterator[None]:
+    """Give freed memory back every so many seconds, for the time of a `with` block; nothing where there is no glibc."""
+    trim = _trim()
+    if trim is None:
+        yield
+        return
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.wait(seconds):
+            trim(0)
+
+    threading.Thread(target=work, name="freed memory", daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()
+
+
+def _trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # Windows takes no None
+        return None
