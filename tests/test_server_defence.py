@@ -462,12 +462,14 @@ def test_wild_requests_get_no_server_error_and_leave_no_word_in_the_log(impatien
     answered = 0
     for request in islice(WildRequests(1, MARKER), 250):
         with connect(impatient) as connection:
-            connection.settimeout(2 if request.whole else 0.02)
+            connection.settimeout(10 if request.whole else 0.02)
             try:
                 connection.sendall(request.data)
                 status = connection.recv(65_536)
-            except (TimeoutError, ConnectionError):
-                assert not request.whole or len(request.data) > 100_000
+            except ConnectionError:  # what is no HTTP is not read to its end
+                continue
+            except TimeoutError:
+                assert not request.whole, request
                 continue
         answered += status.startswith(b"HTTP/1.1 ")
         assert not status.startswith(b"HTTP/1.1 5"), request

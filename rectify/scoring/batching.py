@@ -6,6 +6,7 @@ import asyncio
 import heapq
 import logging
 import math
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 # bytes: a text of 20 kB takes a small scorer as long as some hundred comments
 _SHORT = 1024
 _MAX_BYTES = 8192
+_MAX_LONG = 256  # calls: more would not be answered in time, and hold connections
+_SECONDS_TO_TELL_APART = 1.0  # calls that failed together are scored one by one, where that takes no longer
 
 
 @dataclass(eq=False)
@@ -102,6 +105,8 @@ class Batcher:
             raise UnavailableError("the batcher is closed: make another")
         size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
         queue = self._short if size <= _SHORT else self._long
+        if queue is self._long and len(queue) >= _MAX_LONG:
+            raise UnavailableError(f"{len(queue)} long calls wait: try again later")
         if queue.waiting and queue.waiting + len(texts) > self.max_waiting:
             raise UnavailableError(
                 f"max_waiting is {self.max_waiting}, and {queue.waiting} texts wait: try again later"
@@ -147,21 +152,17 @@ class Batcher:
                     await self._answer(attributes, calls)
 
     async def _answer(self, attributes: tuple[str, ...], calls: list[_Call]) -> None:
-        texts = [text for call in calls for text in call.texts]
+        began = time.monotonic()
         try:
-            scores = await asyncio.get_running_loop().run_in_executor(
-                self._threads, self.scorer.score, texts, attributes
-            )
-            if len(scores) != len(texts):
-                raise ValueError(f"{len(scores)} scores for {len(texts)} texts")
-            ends = list(accumulate(len(call.texts) for call in calls))
-            answers = [
-                Scores(scores.values[begin:end], scores.attributes, scores.reasons[begin:end])
-                for begin, end in pairwise([0, *ends])
-            ]
-        except Exception as error:  # whatever it is, the other batches are none the worse for it
+            answers = await self._scored(attributes, calls)
+        except Exception as error:  # whatever it is, the others are none the worse for it
+            if len(calls) > 1 and (time.monotonic() - began) * len(calls) < _SECONDS_TO_TELL_APART:
+                for call in calls:
+                    await self._answer(attributes, [call])
+                return
             # the error's own message may hold a text
-            logger.error("the scorer %r failed with %d texts: %s", self.scorer.name, len(texts), kind_and_place(error))
+            texts = sum(len(call.texts) for call in calls)
+            logger.error("the scorer %r failed with %d texts: %s", self.scorer.name, texts, kind_and_place(error))
             for call in calls:
                 if not call.answer.done():
                     call.answer.set_exception(ScoringError(f"the scorer failed ({type(error).__name__}): see the log"))
@@ -169,6 +170,17 @@ class Batcher:
         for call, answer in zip(calls, answers, strict=True):
             if not call.answer.done():
                 call.answer.set_result(answer)
+
+    async def _scored(self, attributes: tuple[str, ...], calls: list[_Call]) -> list[Scores]:
+        """The scores of each call."""
+        texts = [text for call in calls for text in call.texts]
+        scores = await asyncio.get_running_loop().run_in_executor(self._threads, self.scorer.score, texts, attributes)
+        if len(scores) != len(texts):
+            raise ValueError(f"{len(scores)} scores for {len(texts)} texts")
+        return [
+            Scores(scores.values[begin:end], scores.attributes, scores.reasons[begin:end])
+            for begin, end in pairwise(accumulate((len(call.texts) for call in calls), initial=0))
+        ]
 
 
 class _Queue:
@@ -180,6 +192,9 @@ class _Queue:
         self.turn = 0  # that of the call which was taken last
         self.arrived = asyncio.Event()
         self.worker: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._calls)
 
     def push(self, call: _Call) -> None:
         heapq.heappush(self._calls, call)
