@@ -294,18 +294,19 @@ class RectificationProcessor(LogitsProcessor):
             tokens: `[B, K]` int64.
 
         Returns:
-            `[B, K]` float32; NaN where a token is no candidate of the detector, and so is not valued.
+            `[B, K]` float32, `-inf` where the risk is no number; NaN where a token is no candidate of the detector, and
+            so is not valued.
         """
         prefixes, hidden = self._state(input_ids, scores.shape[-1])
         states = None if self._q is None else _known(hidden)
         if self.detector is None:
-            return cast(QValue, self._q).log_survival(cast(Tensor, states), tokens, scores.shape[-1])
+            return readable_survival(self._q_survival(cast(Tensor, states), tokens, scores.shape[-1]))[0]
         _, warped = self._warped(input_ids, scores)
         candidates = self.detector.candidates_of(warped, self.sampling.least)
         asked = candidates.spread(torch.zeros_like(candidates.tokens, dtype=warped.dtype), warped.shape[-1])
         real = asked.gather(-1, tokens) == 0
         found = self._candidate_log_survival(prefixes, states, Support(tokens, real), scores.shape[-1])
-        return found.masked_fill(~real, torch.nan)
+        return readable_survival(found)[0].masked_fill(~real, torch.nan)
 
     @torch.no_grad()
     def token_risks(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
