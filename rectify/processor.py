@@ -18,7 +18,7 @@ from rectify.padding import Padding
 from rectify.prefix_memo import MASKED
 from rectify.q_network import DeadEndQNetwork, token_risks
 from rectify.q_value import QValue
-from rectify.readable import readable_scores, readable_survival
+from rectify.readable import narrowed, readable_scores, readable_survival
 from rectify.risk_model import RiskModel
 from rectify.rule import Rectified, Rule, Tilt, rectify, rectify_candidates, rectify_support
 from rectify.sampling import Sampling
@@ -259,7 +259,7 @@ class RectificationProcessor(LogitsProcessor):
             candidates = self.detector.candidates_of(warped, self.sampling.least)
             survival = self._candidate_log_survival(prefixes, hidden, candidates, scores.shape[-1])
             result = rectify_candidates(warped, candidates, survival.to(scores.device), self.rule, scores, checked=True)
-            return result._replace(scores=result.scores.to(given))
+            return result._replace(scores=narrowed(result.scores, given))
         states, width = cast(Tensor, hidden), scores.shape[-1]
 
         def of_some(rows: Tensor | None, tokens: Tensor | None) -> Tensor:
@@ -271,7 +271,7 @@ class RectificationProcessor(LogitsProcessor):
             result = rectify(warped, of_some(None, None), self.rule, unwarped, checked=True)
         else:
             result = rectify_support(warped, support, of_some, self.rule, scores, checked=True)
-        return result._replace(scores=result.scores.to(given))
+        return result._replace(scores=narrowed(result.scores, given))
 
     @torch.no_grad()
     def next_token_log_survival(self, input_ids: Tensor, vocab_size: int | None = None) -> Tensor:
@@ -329,7 +329,7 @@ class RectificationProcessor(LogitsProcessor):
 
     def _warped(self, input_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Scores in float32 or better, with their bans `-inf`: at the temperature, and truncated as well."""
-        read = cast(FloatTensor, readable_scores(scores))
+        read = cast(FloatTensor, readable_scores(scores, self.sampling.temperature or 1.0))
         scaled = self._scaling(cast(LongTensor, input_ids), read)
         if len(scaled) and not bool(torch.isfinite(scaled.amax(-1)).all()):  # divided beyond what the dtype holds
             limit = torch.finfo(read.dtype).max / 4
