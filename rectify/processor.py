@@ -18,7 +18,7 @@ from rectify.padding import Padding
 from rectify.prefix_memo import MASKED
 from rectify.q_network import DeadEndQNetwork, token_risks
 from rectify.q_value import QValue
-from rectify.readable import readable_scores, readable_survival
+from rectify.readable import narrowed, readable_scores, readable_survival
 from rectify.risk_model import RiskModel
 from rectify.rule import Rectified, Rule, Tilt, rectify, rectify_candidates, rectify_support
 from rectify.sampling import Sampling
@@ -259,7 +259,7 @@ class RectificationProcessor(LogitsProcessor):
             candidates = self.detector.candidates_of(warped, self.sampling.least)
             survival = self._candidate_log_survival(prefixes, hidden, candidates, scores.shape[-1])
             result = rectify_candidates(warped, candidates, survival.to(scores.device), self.rule, scores, checked=True)
-            return result._replace(scores=result.scores.to(given))
+            return result._replace(scores=narrowed(result.scores, given))
         states, width = cast(Tensor, hidden), scores.shape[-1]
 
         def of_some(rows: Tensor | None, tokens: Tensor | None) -> Tensor:
@@ -271,7 +271,7 @@ class RectificationProcessor(LogitsProcessor):
             result = rectify(warped, of_some(None, None), self.rule, unwarped, checked=True)
         else:
             result = rectify_support(warped, support, of_some, self.rule, scores, checked=True)
-        return result._replace(scores=result.scores.to(given))
+        return result._replace(scores=narrowed(result.scores, given))
 
     @torch.no_grad()
     def next_token_log_survival(self, input_ids: Tensor, vocab_size: int | None = None) -> Tensor:
@@ -294,18 +294,19 @@ class RectificationProcessor(LogitsProcessor):
             tokens: `[B, K]` int64.
 
         Returns:
-            `[B, K]` float32; NaN where a token is no candidate of the detector, and so is not valued.
+            `[B, K]` float32, `-inf` where the risk is no number; NaN where a token is no candidate of the detector, and
+            so is not valued.
         """
         prefixes, hidden = self._state(input_ids, scores.shape[-1])
         states = None if self._q is None else _known(hidden)
         if self.detector is None:
-            return cast(QValue, self._q).log_survival(cast(Tensor, states), tokens, scores.shape[-1])
+            return readable_survival(self._q_survival(cast(Tensor, states), tokens, scores.shape[-1]))[0]
         _, warped = self._warped(input_ids, scores)
         candidates = self.detector.candidates_of(warped, self.sampling.least)
         asked = candidates.spread(torch.zeros_like(candidates.tokens, dtype=warped.dtype), warped.shape[-1])
         real = asked.gather(-1, tokens) == 0
         found = self._candidate_log_survival(prefixes, states, Support(tokens, real), scores.shape[-1])
-        return found.masked_fill(~real, torch.nan)
+        return readable_survival(found)[0].masked_fill(~real, torch.nan)
 
     @torch.no_grad()
     def token_risks(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -328,7 +329,7 @@ class RectificationProcessor(LogitsProcessor):
 
     def _warped(self, input_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Scores in float32 or better, with their bans `-inf`: at the temperature, and truncated as well."""
-        read = cast(FloatTensor, readable_scores(scores))
+        read = cast(FloatTensor, readable_scores(scores, self.sampling.temperature or 1.0))
         scaled = self._scaling(cast(LongTensor, input_ids), read)
         if len(scaled) and not bool(torch.isfinite(scaled.amax(-1)).all()):  # divided beyond what the dtype holds
             limit = torch.finfo(read.dtype).max / 4

@@ -20,7 +20,7 @@ _RANGE = 1024.0
 _ROUNDING = 1e-6
 
 
-def readable_scores(scores: Tensor) -> Tensor:
+def readable_scores(scores: Tensor, temperature: float = 1.0) -> Tensor:
     """The scores with every ban `-inf`, and every other entry a number.
 
     A ban is `-inf`, NaN (a token that the model could not score), or a score of −32,768 or less that is also at least
@@ -30,10 +30,11 @@ def readable_scores(scores: Tensor) -> Tensor:
 
     Args:
         scores: `[B, V]` of any floating dtype.
+        temperature: by which they will be divided.
 
     Returns:
-        `[B, V]` float32 or better, float64 where scores of a batch lie more than 1,024 apart (where the device has it).
-        The same tensor if nothing was to do.
+        `[B, V]` float32 or better, float64 where scores of a batch will lie more than 1,024 apart (if the device has
+        it). The same tensor if nothing was to do.
 
     Raises:
         InvalidArgumentError: a row is left no token.
@@ -52,8 +53,19 @@ def readable_scores(scores: Tensor) -> Tensor:
         scores = _without_bans(scores, limit)
         found = scores.where(scores > -math.inf, 0)
         least, most = float(found.amin()), float(found.amax())
-    wide = most - least > _RANGE and scores.device.type != "mps"  # which has no float64
+    wide = most - least > _RANGE * temperature and scores.device.type != "mps"  # which has no float64
     return scores.double() if wide else scores
+
+
+def narrowed(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scores in a dtype; rows that it cannot hold are shifted, which changes no policy."""
+    if scores.dtype == dtype or not len(scores):
+        return scores
+    limit = torch.finfo(dtype).max / 4
+    too_large = (highest := scores.amax(-1, keepdim=True)).abs() > limit
+    if bool(too_large.any()):
+        scores = (scores - highest.where(too_large, 0)).clamp_min(-limit).where(scores > -math.inf, -math.inf)
+    return scores.to(dtype)
 
 
 def _without_bans(scores: Tensor, limit: float) -> Tensor:

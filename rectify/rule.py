@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rectify.errors import InvalidArgumentError
 from rectify.projection import Reshaped, normalise, normalise_, project_onto_caps
-from rectify.readable import readable_scores, readable_survival
+from rectify.readable import narrowed, readable_scores, readable_survival
 from rectify.support import Support
 
 # A normaliser beyond this is that of raw logits: it says nothing, and float32 is coarse there.
@@ -271,7 +271,7 @@ def rectify(
         result = _replaced(
             result, rows, _widen(scores[rows], *risks, rule, None if unwarped is None else unwarped[rows])
         )
-    return result._replace(scores=result.scores.to(given), moved=result.moved.to(given))
+    return result._replace(scores=narrowed(result.scores, given), moved=result.moved.to(given))
 
 
 def rectify_support(
@@ -296,7 +296,7 @@ def rectify_support(
     if rows is not None:
         survival, unread = readable_survival(log_survival(rows, None).to(left.dtype))
         result = _replaced(result, rows, _widen(scores[rows], survival, unread, rule, unwarped[rows]))
-    return result._replace(scores=result.scores.to(given), moved=result.moved.to(given))
+    return result._replace(scores=narrowed(result.scores, given), moved=result.moved.to(given))
 
 
 def rectify_candidates(
@@ -325,7 +325,7 @@ def rectify_candidates(
     result = rectify(left, log_survival.masked_fill(~candidates.real, 0), rule, whole, checked=True)
     base = left - scores.logsumexp(-1, keepdim=True)
     overlap = torch.minimum(base, normalise(result.scores)).exp_().sum(-1)
-    whole_scores = candidates.spread(result.scores, scores.shape[-1]).to(given)
+    whole_scores = candidates.spread(narrowed(result.scores, given), scores.shape[-1])
     return result._replace(scores=whole_scores, moved=(1 - overlap).clamp_(0, 1).to(given))
 
 

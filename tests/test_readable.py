@@ -104,6 +104,8 @@ def test_a_processor_warns_once_and_counts(with_values, monkeypatch, rule, way):
         warnings.simplefilter("error")
         processor(prompts(2), scores)
     assert (processor.statistics().unread, processor.statistics().dead_ends) == (2, 0)
+    if way != "candidates":
+        assert processor.log_survival_of(prompts(2), scores, torch.tensor([[5], [5]]))[1, 0] == -INF
     processor.reset()
     assert processor.statistics().unread == 0
 

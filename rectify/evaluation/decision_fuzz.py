@@ -18,7 +18,7 @@ from rectify.evaluation.rule_reference import caps_of, clear_of_thresholds, log_
 from rectify.processor import RectificationProcessor
 from rectify.rule import Advantage, Cap, Mask, Rectified, Rule, Tilt, rectify, rectify_candidates, rectify_support
 from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
-from rectify.support import Support, support_of
+from rectify.support import support_of
 
 _INF = math.inf
 OVER = 1e-5
@@ -215,7 +215,9 @@ def _decide(case: Case) -> Decided:
     truncated = scores.masked_fill(~cast(Tensor, case.kept), -_INF)
     if case.path == "truncated":
         return Decided(rectify(truncated, survival, rule, scores), truncated, scores, every)
-    support = cast(Support, support_of(truncated, scores.shape[-1]))
+    support = support_of(truncated, scores.shape[-1])
+    if support is None:
+        raise InvalidArgumentError("truncation left no token")
     if case.path == "support":
 
         def of_some(rows: Tensor | None, tokens: Tensor | None) -> Tensor:
@@ -307,11 +309,18 @@ def _row_faults(case: Case, decided: Decided, row: int, found: Found) -> Iterato
         if isinstance(rule, Mask) and (policy[survival < rule.threshold - 1e-6] > 0).any():
             yield "a token under the threshold was not removed"
     if not (unread & whole).any() and case.scores.dtype != torch.float64:
-        yield from _unlike_reference(decided, row, rule, survival - 1, support, policy, found)
+        yield from _unlike_reference(decided, row, rule, survival - 1, support, allowed, policy, found)
 
 
 def _unlike_reference(
-    decided: Decided, row: int, rule: Rule, q: np.ndarray, support: np.ndarray, policy: np.ndarray, found: Found
+    decided: Decided,
+    row: int,
+    rule: Rule,
+    q: np.ndarray,
+    support: np.ndarray,
+    allowed: np.ndarray,
+    policy: np.ndarray,
+    found: Found,
 ) -> Iterator[str]:
     """How an answer differs from the reference, where that is finite and rounding decides nothing."""
 
@@ -322,7 +331,7 @@ def _unlike_reference(
     given = known(decided.scores, support)
     whole = None
     if decided.unwarped is not None:
-        whole = known(decided.unwarped, ~_bans(decided.unwarped[row].double()).numpy())
+        whole = known(decided.unwarped, allowed)
     for each in (given, whole):
         if each is not None and np.ptp(each[each > -_INF]) > _EXACT:
             found.counts["too far apart to compare"] += 1

@@ -225,7 +225,7 @@ def _decisions(one: _Made) -> dict[str, Any] | None:
     counts = [part["statistics"] for part in one.parts]
     if not counts or counts[0] is None:
         return None
-    sums = {name: sum(count[name] for count in counts) for name in counts[0]}
+    sums = {name: sum(count.get(name, 0) for count in counts) for name in counts[0]}  # older parts counted less
     decisions = max(1, sums["decisions"])
     return sums | {"capped_per_decision": sums["capped"] / decisions, "moved": sums["moved"] / decisions}
 

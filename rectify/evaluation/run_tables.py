@@ -166,7 +166,10 @@ def _decisions(metrics: dict[str, Any]) -> Iterable[Table]:
             for method in counted
         )
         header = ("method", "decisions", "capped or removed tokens each", "probability moved", "widenings", "dead ends")
-        yield Table("Decisions of rectification", header, rows)
+        unread = {method["label"]: method["decisions"].get("unread", 0) for method in counted}
+        failed = [f"{label} in {count:,}" for label, count in unread.items() if count]
+        note = f"A risk was no number, and held to be the highest, for {', '.join(failed)} decisions." if failed else ""
+        yield Table("Decisions of rectification", header, rows, note)
 
 
 def _attributes(metrics: dict[str, Any]) -> Iterable[Table]:
