@@ -704,6 +704,7 @@ COMMANDS = [
     "process:sh -c 'touch {marker}'",
     "process:",
     "perspective",
+    "detoxify:original",
 ]
 
 
