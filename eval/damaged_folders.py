@@ -4,9 +4,11 @@ python eval/damaged_folders.py --count 2000 --seed 0
 
 The folders are the bundled ones, and a table, a cascade, substitutions and a span detector made here. In each try one
 file of a copy is spoilt: a value of its JSON is put in another's place or left out, or bytes are changed or cut off.
-What loads is used on a text, and what it says must be a probability, or undefined. The result goes to standard output as a line of
-JSON, and every fault as a line before it: an error that is not rectify's, a message of several lines, a value out of
-range, a command that was run, more than ten seconds. The exit code is 2 where there is one.
+What loads is used on a text, and what it says must be a probability, or undefined.
+
+The result goes to standard output as a line of JSON, and every fault as a line before it: an error that is not
+rectify's, a message of several lines, a value out of range, a command that was run, more than ten seconds. The exit
+code is 2 where there is one.
 """
 
 import argparse

@@ -181,7 +181,9 @@ def read_model(
     body = f"{model.base_model_prefix}."
     heads = {name for name in new if not name.startswith(body)} if new_head and model.base_model is not model else set()
     poolers = {name for name in new - mismatched if "pooler" in name.split(".")}
-    if lacking := new - heads - poolers:
+    # a buffer that is not there is what its module makes of the configuration, and not random
+    counted = new if exact else new & {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if lacking := counted - heads - poolers:
         raise CheckpointError(
             f"{str(place)!r} lacks the weights {min(lacking)!r}, which would be random: give a model that has them"
         )
