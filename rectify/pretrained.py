@@ -181,7 +181,9 @@ def read_model(
     body = f"{model.base_model_prefix}."
     heads = {name for name in new if not name.startswith(body)} if new_head and model.base_model is not model else set()
     poolers = {name for name in new - mismatched if "pooler" in name.split(".")}
-    if lacking := new - heads - poolers:
+    # a buffer that is not there is what its module makes of the configuration, and not random
+    counted = new if exact else new & {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if lacking := counted - heads - poolers:
         raise CheckpointError(
             f"{str(place)!r} lacks the weights {min(lacking)!r}, which would be random: give a model that has them"
         )
@@ -205,13 +207,16 @@ def _config_or_none(place: str | Path, revision: str | None) -> PreTrainedConfig
         return None
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(folder: Path, within: bool = False) -> None:
     """Refuse a folder with a device or a pipe in it, from which reading might never end, and adapters that run code."""
     for path in sorted(folder.iterdir()):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CheckpointError(f"{str(path)!r} is no file: give a folder of files")
-    if (folder / ADAPTER_FILE).exists():  # which transformers would follow
-        read_adapter_config(folder)
+    if (folder / ADAPTER_FILE).exists():  # which transformers would follow to the model below
+        base = str(read_adapter_config(folder).base_model_name_or_path or "")
+        if base and not within and Path(base).is_dir() and Path(base).resolve() != folder.resolve():
+            _check_files(Path(base), within=True)
+            check_config(AutoConfig.from_pretrained(base, **GIVEN), base)
 
 
 def _check_exact(folder: Path) -> None:

@@ -1,13 +1,16 @@
 """Folders as anybody may write them: whatever is wrong is refused in one line, and nothing of it is run or made up."""
 
+import ast
 import builtins
 import dataclasses
 import json
 import os
+import re
 import shutil
 import socket
 import struct
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 import generate
+import rectify
 from rectify import DeadEndQNetwork
 from rectify.adapters import save_adapter
 from rectify.cli import main
@@ -697,6 +701,18 @@ def test_code_beside_weights_is_never_run(damaged, tmp_path, kind, known):
 
 def test_every_call_refuses_code():
     assert GIVEN == {"trust_remote_code": False}
+    for path in Path(rectify.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        assert not imported & {"pickle", "dill", "joblib", "marshal", "shelve"}, path
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name, given = ast.unparse(call.func), ast.unparse(call)
+            if re.fullmatch(r"(auto|Auto\w+)\.from_pretrained", name):
+                assert "**GIVEN" in given, f"{path}:{call.lineno}"
+            assert name != "torch.load" or "weights_only=True" in given, f"{path}:{call.lineno}"
+            assert name not in ("eval", "exec", "os.system", "os.popen"), f"{path}:{call.lineno}"
+            assert "shell=True" not in given, f"{path}:{call.lineno}"
+            assert "allow_pickle=True" not in given, f"{path}:{call.lineno}"
 
 
 COMMANDS = [
@@ -704,6 +720,7 @@ COMMANDS = [
     "process:sh -c 'touch {marker}'",
     "process:",
     "perspective",
+    "detoxify:original",
 ]
 
 

@@ -29,7 +29,11 @@ SCORERS = {
 
 
 _OF_PAIRS = {"moderation"}
-_RUN_OR_CALL = {"process": "runs a command", "perspective": "sends texts to a service"}
+_RUN_OR_CALL = {
+    "process": "runs a command",
+    "perspective": "sends texts to a service",
+    "detoxify": "fetches a pickle and reads it",
+}
 
 
 def judges_pairs(spec: str) -> bool:
@@ -72,7 +76,7 @@ def has_option(spec: str, name: str) -> bool:
 
 
 def check_saved(spec: str, place: str, allow: Sequence[str] = ()) -> None:
-    """Refuse the name of a scorer that stands in a file, where it runs a command or sends texts away.
+    """Refuse the name of a scorer that stands in a file, where it runs a command, sends texts away, or unpickles.
 
     A folder of weights may come from anybody; what runs here, and who gets the texts, only the user says.
 
@@ -100,8 +104,8 @@ def add_allow(parser: argparse._ActionsContainer) -> None:
         "--allow",
         action="append",
         metavar="SCORER",
-        help="cascade: a process: or perspective that its folder may name, letter for letter (may be repeated); "
-        "without this no file of a folder has a command run or a text sent away",
+        help="cascade: a process:, perspective or detoxify: that its folder may name, letter for letter (may be "
+        "repeated); without this no file of a folder has a command run or a text sent away",
     )
 
 
