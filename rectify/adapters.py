@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import cast
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,6 +17,7 @@ from rectify.errors import CheckpointError, InvalidArgumentError, first_line
 from rectify.quiet import quiet_loading, without_bitsandbytes
 from rectify.quiet_peft import (
     LoraConfig,
+    PeftConfig,
     PeftModel,
     TaskType,
     get_peft_model,
@@ -81,6 +82,42 @@ def add_adapter(
         ) from error
 
 
+def adapt_body(body: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
+    """Freeze a body without a head and put a new adapter into it.
+
+    Args:
+        body: changed in place.
+        adapter: of any kind that changes layers; not changed itself. Its `task_type` is left out.
+
+    Raises:
+        InvalidArgumentError: it makes no adapter of this body.
+    """
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+    if adapter.is_prompt_learning:
+        raise InvalidArgumentError(
+            f"adapter is of {kind}, which is put before the text and not into the layers: give another, such as LoRA"
+        )
+    try:
+        with quiet_loading(), without_bitsandbytes():
+            model = cast(PeftModel, get_peft_model(body, _headless(adapter)))
+        if not isinstance(adapter, LoraConfig):  # some need more arguments than a text
+            with torch.no_grad():
+                model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=body.device))
+        return model
+    except Exception as error:  # every kind has its own ways to fail
+        raise InvalidArgumentError(
+            f"adapter of {kind} cannot be put into a {type(body).__name__} ({first_line(error)}): change it, or give "
+            "another, such as LoRA"
+        ) from error
+
+
+def _headless(adapter: PeftConfig) -> PeftConfig:
+    """An adapter's configuration for a body; peft would warn of a base model's name that is not the body's own."""
+    adapter = copy(adapter)
+    adapter.task_type = adapter.base_model_name_or_path = None
+    return adapter
+
+
 def save_adapter(model: PeftModel, folder: Path, base_model: str, state: Mapping[str, Tensor] | None = None) -> None:
     """Write an adapter's configuration and weights to a folder.
 
@@ -91,12 +128,14 @@ def save_adapter(model: PeftModel, folder: Path, base_model: str, state: Mapping
         state: that of `model.state_dict()`; needed where the parameters are sharded over processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    adapter = copy(cast(LoraConfig, model.peft_config["default"]))
+    adapter = copy(model.peft_config["default"])
     adapter.base_model_name_or_path, adapter.inference_mode = base_model, True
-    if not isinstance(adapter.target_modules, str):
-        adapter.target_modules = sorted(adapter.target_modules or ())  # a set has no order to be relied on
-    if adapter.modules_to_save is not None:
-        adapter.modules_to_save = sorted(set(adapter.modules_to_save))
+    for name, value in vars(adapter).items():
+        if isinstance(value, set) or (name == "modules_to_save" and value):  # whose order is not to be relied on
+            setattr(adapter, name, sorted(set(value)))
+    if adapter.task_type is None:  # for whoever loads it with peft alone
+        base = type(model.get_base_model())
+        adapter.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     # peft's own save_pretrained adds a model card, and looks the backbone up on the Hub
     adapter.save_pretrained(str(folder))
     weights = _weights(model, state=state)
@@ -114,6 +153,17 @@ def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) 
     return put_adapter(model, adapter, weights)
 
 
+def fold_in(model: PeftModel) -> None:
+    """Fold an adapter into the layers, which is faster; one of a kind that cannot be folded in stays apart."""
+    before = {name: weight.clone() for name, weight in _weights(model).items()}
+    try:
+        model.merge_adapter()
+    except (AttributeError, NotImplementedError, ValueError):
+        return
+    if any(not torch.equal(weight, before[name]) for name, weight in _weights(model).items()):
+        model.unmerge_adapter()  # it changes places with what it replaces, and would not be saved again
+
+
 def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Configuration and weights of a folder written by `save_adapter`.
 
@@ -128,7 +178,7 @@ def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 
 def load_any_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
-    """Put the adapter that peft's own `save_pretrained` wrote, of LoRA or of another kind, into a model.
+    """Put an adapter of `adapt_body`, of LoRA or of another kind, into a body; peft may have written it as well.
 
     Raises:
         CheckpointError: weights or configuration are missing or damaged, or they disagree.
@@ -136,18 +186,13 @@ def load_any_adapter(model: PreTrainedModel, folder: Path, trainable: bool = Fal
     adapter = read_adapter_config(folder)
     check_adapter_sizes(folder, adapter)
     weights = read_weights(folder / WEIGHTS_FILE)
+    adapter = _headless(adapter)
     adapter.inference_mode = not trainable
-    with quiet_loading(), without_bitsandbytes(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # which are refused below
-        adapted = cast(PeftModel, PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=adapter))
-    differing = set(weights) ^ set(_weights(adapted))
-    if differing:
-        raise CheckpointError(f"{WEIGHTS_FILE} and {ADAPTER_FILE} disagree on {min(differing)!r}: is it complete?")
-    return adapted
+    return put_adapter(model, adapter, weights)
 
 
 def put_adapter(
-    model: PreTrainedModel | PeftModel, adapter: LoraConfig, weights: dict[str, Tensor], name: str = "default"
+    model: PreTrainedModel | PeftModel, adapter: PeftConfig, weights: dict[str, Tensor], name: str = "default"
 ) -> PeftModel:
     """A model with an adapter that was trained, not folded in.
 

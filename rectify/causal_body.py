@@ -35,10 +35,12 @@ def causal_body(model: nn.Module, name: str = "model") -> PreTrainedModel:
     both = all(isinstance(getattr(whole, part, None), nn.Module) for part in ("encoder", "decoder"))
     if both or getattr(whole.config, "is_encoder_decoder", False):
         raise InvalidArgumentError(f"{name} is a {kind}, an encoder-decoder: give a decoder-only causal model")
-    body = whole.base_model
+    body: nn.Module | None = whole.base_model
     if body is whole and whole.get_output_embeddings() is not None:  # the prefix of some classes names no module
         body = _only_child(whole)
-    elif not _has_embeddings(body):  # of encoder-decoders' decoders alone it is a wrapper that nothing calls
+    elif not _has_embeddings(
+        cast(nn.Module, body)
+    ):  # of encoder-decoders' decoders alone it is a wrapper that nothing calls
         body = whole.get_decoder()
     if not isinstance(body, PreTrainedModel) or not _has_embeddings(body):
         raise InvalidArgumentError(f"{name} is a {kind}, in which no body with embeddings is found: give another model")
@@ -79,7 +81,11 @@ def _unwrapped(model: nn.Module, name: str) -> nn.Module:
 
 
 def _kind(model: PeftModel | PeftMixedModel) -> str:
-    return next(str(config.peft_type.value) for config in model.peft_config.values() if config.is_prompt_learning)
+    return next(
+        str(getattr(config.peft_type, "value", config.peft_type))
+        for config in model.peft_config.values()
+        if config.is_prompt_learning
+    )
 
 
 def _only_child(model: PreTrainedModel) -> nn.Module | None:

@@ -16,14 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.adapters import load_any_adapter
+from rectify.adapters import adapt_body, fold_in, load_any_adapter, save_adapter
+from rectify.causal_body import causal_body
+from rectify.effective_weights import has_adapter
 from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.heads import LowRankHead, PublishedHead
 from rectify.hub import checkpoint_folder, model_place
 from rectify.padding import follows
 from rectify.pretrained import read_model, refusing
-from rectify.quiet import quiet_loading, without_bitsandbytes
-from rectify.quiet_peft import PeftConfig, PeftModel, get_peft_model
+from rectify.quiet_peft import PeftConfig, PeftModel
 from rectify.risk_model import TextRisk
 from rectify.saved_config import read_config
 from rectify.saved_weights import check_finite, read_weights, shapes_of
@@ -31,6 +32,7 @@ from rectify.strength import Strength
 from rectify.trunk_probe import abilities_of
 from rectify.trunk_states import Abilities, hidden_states, input_device, takes_positions, text_states, weights_of
 from rectify.vocabulary import Fingerprint
+from rectify.weights_digest import check_digest, warn_unrecorded, weights_digest
 
 CONFIG_FILE, HEAD_FILE = "q_config.json", "head.safetensors"
 TRUNK_FOLDER, ADAPTER_FOLDER = "trunk", "adapter"
@@ -50,8 +52,10 @@ class QConfig:
         base_model: Hub id, folder or bundled name of the frozen trunk where only an adapter was trained; `None` where
             the whole trunk is saved.
         base_revision: revision of `base_model` on the Hub.
+        base_fingerprint: digest of all weights of the trunk that is not saved, shared or under the adapter, so that
+            no other is read, see `weights_digest`; `None` to take any.
         shared: the trunk is the generating model's own, untouched; only the head is trained and saved.
-        signature: a few of a shared trunk's weights, so that a head is not read with another model.
+        signature: of older folders alone: a few of a shared trunk's weights.
         vocabulary: fingerprint of the tokenizer, or `None` where it is not known.
         training: free-form record of how the weights came to be.
         strength: how strongly the network is applied where nobody says; `None` for the rule's own default.
@@ -65,6 +69,7 @@ class QConfig:
     base_rate: float = 0.1
     base_model: str | None = None
     base_revision: str | None = None
+    base_fingerprint: str | None = None
     shared: bool = False
     signature: list[float] | None = None
     vocabulary: Fingerprint | None = None
@@ -132,19 +137,31 @@ class DeadEndQNetwork(nn.Module):
         """A new network on a trunk, every value at `−base_rate`.
 
         Args:
-            trunk: a causal model, with or without its language-model head (which is left out). It is used as it is,
-                not copied: training the network trains it, and an adapter is put into it.
-            adapter: a peft configuration: the trunk is frozen, and only adapter and head are trained and saved. Its
-                `base_model_name_or_path`, else the trunk's own name, says where to find the trunk again.
+            trunk: a causal model, with or without its language-model head (which is left out), see `causal_body`. It
+                is used as it is, not copied: training the network trains it, and an adapter is put into it.
+            adapter: a peft configuration of layers, whatever its `task_type`: the trunk is frozen, and only adapter
+                and head are trained and saved. Its `base_model_name_or_path`, else the trunk's own name, says where to
+                find the trunk again.
             shared: the trunk stays as it is, and its last hidden states, which the output embedding reads, feed the
-                head; while the same model generates, they cost nothing.
+                head; while the same model generates, they cost nothing. An adapter that is active in it is a part of
+                it, and is needed again.
             name: where a shared trunk is found again (default: its own name); without one, `from_pretrained` needs
                 the model.
             tokenizer: whose vocabulary is recorded, so that a model of another one is refused.
             rank, mlp_size, base_rate: see `QConfig`.
+
+        Raises:
+            InvalidArgumentError: the trunk is not causal, or has an adapter already and is not shared, or `adapter`
+                makes none of it, or nothing says where the trunk can be loaded from.
         """
-        body: PreTrainedModel | PeftModel = cast(PreTrainedModel, trunk.base_model)
+        body = causal_body(trunk, "trunk")
+        if not shared and has_adapter(body):
+            raise InvalidArgumentError(
+                "trunk has a peft adapter in its layers, with which it would not be found again: give "
+                "trunk.merge_and_unload(), or shared=True"
+            )
         embedding = cast(nn.Embedding, body.get_input_embeddings())
+        own_name, commit = body.name_or_path or None, getattr(body.config, "_commit_hash", None)
         config = QConfig(
             vocab_size=embedding.weight.shape[0],
             hidden_size=body.config.get_text_config().hidden_size,
@@ -156,22 +173,19 @@ class DeadEndQNetwork(nn.Module):
         if shared:
             if adapter is not None:
                 raise InvalidArgumentError("adapter is given with shared=True: a shared trunk stays as it is")
-            config.shared, config.signature = True, signature(cast(PreTrainedModel, body))
-            config.base_model = name or trunk.name_or_path or None
-            config.base_revision = getattr(trunk.config, "_commit_hash", None)
+            config.shared, config.base_model = True, name or own_name
+            config.base_revision = commit
         if adapter is not None:
-            config.base_model = adapter.base_model_name_or_path or trunk.name_or_path
-            config.base_revision = adapter.revision
+            config.base_model = adapter.base_model_name_or_path or own_name
+            config.base_revision = adapter.revision or (commit if config.base_model == own_name else None)
             if not config.base_model:
                 raise InvalidArgumentError(
                     "adapter names no base_model_name_or_path and the trunk was made in memory: "
                     "say where the trunk can be loaded from, or train it whole"
                 )
-            adapter.base_model_name_or_path = None  # peft would warn that it is not the trunk's own name
-            with quiet_loading(), without_bitsandbytes():
-                body = cast(PeftModel, get_peft_model(body, adapter))
-            adapter.base_model_name_or_path = config.base_model
-        network = cls(config, body)
+        if shared or adapter is not None:
+            config.base_fingerprint = weights_digest(body)
+        network = cls(config, body if adapter is None else adapt_body(body, adapter))
         with weights_of(embedding) as embeddings:
             cast(LowRankHead, network.head).start_from_embeddings(embeddings)
         network.head.to(input_device(network.trunk))
@@ -208,7 +222,7 @@ class DeadEndQNetwork(nn.Module):
             weights = read_weights(folder / HEAD_FILE, shapes_of(lambda: _make_head(config)))
             trunk: PreTrainedModel | PeftModel
             if config.shared:
-                trunk = _shared_trunk(config, model, dtype, device)
+                trunk = _shared_trunk(config, model, dtype, device, f"Q network {str(name)!r}")
             elif config.base_model is None:
                 if not (folder / TRUNK_FOLDER).is_dir():
                     raise CheckpointError(f"it holds no {TRUNK_FOLDER}: is it complete?")
@@ -216,9 +230,11 @@ class DeadEndQNetwork(nn.Module):
             else:
                 base = model_place(config.base_model, config.base_revision)
                 trunk, _ = read_model(AutoModel, base, config.base_revision, dtype=dtype)
-                trunk = load_any_adapter(trunk, folder / ADAPTER_FOLDER, is_trainable)
+                body = causal_body(trunk)
+                check_base(body, config, f"Q network {str(name)!r}")
+                trunk = load_any_adapter(body, folder / ADAPTER_FOLDER, is_trainable)
                 if not is_trainable:
-                    trunk.merge_adapter()
+                    fold_in(trunk)
                 check_finite(trunk, "the adapted trunk")
             width = trunk.config.get_text_config().hidden_size
             if width != config.hidden_size:
@@ -240,9 +256,7 @@ class DeadEndQNetwork(nn.Module):
         if self.config.shared:
             return
         if isinstance(self.trunk, PeftModel):
-            # the embeddings are the trunk's; asked to decide by itself, peft would look the trunk up on the Hub
-            self.trunk.save_pretrained(str(folder / ADAPTER_FOLDER), save_embedding_layers=False)
-            (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)  # peft's template of a model card
+            save_adapter(self.trunk, folder / ADAPTER_FOLDER, cast(str, self.config.base_model))
         else:
             self.trunk.save_pretrained(str(folder / TRUNK_FOLDER))
 
@@ -298,37 +312,56 @@ def _make_head(config: QConfig) -> LowRankHead | PublishedHead:
     return LowRankHead(config.hidden_size, config.vocab_size, config.rank, config.mlp_size, config.base_rate)
 
 
-@torch.no_grad()
-def signature(trunk: PreTrainedModel) -> list[float] | None:
-    """32 of a trunk's last matrix, with three digits; `None` where they are quantised or offloaded."""
-    weight = [parameter for parameter in trunk.parameters() if parameter.ndim == 2][-1]
-    if not weight.is_floating_point() or weight.is_meta:
-        return None
-    places = torch.linspace(0, weight.numel() - 1, 32, dtype=torch.float64).long().to(weight.device)
-    return [float(f"{value:.3g}") for value in weight.flatten()[places].tolist()]
-
-
 def _shared_trunk(
-    config: QConfig, model: PreTrainedModel | None, dtype: torch.dtype, device: str | torch.device | None
+    config: QConfig, model: PreTrainedModel | None, dtype: torch.dtype, device: str | torch.device | None, what: str
 ) -> PreTrainedModel:
     """The trunk of the model, if it is the right one; without a model, a copy of its own."""
-    if model is None:
-        if config.base_model is None:
-            raise CheckpointError("its trunk is that of a model without a name: pass model=")
-        place = model_place(config.base_model, config.base_revision)
-        trunk = read_model(AutoModel, place, config.base_revision, dtype=dtype)[0].to(device).eval()  # type: ignore[arg-type]
+    if model is not None:
+        trunk = causal_body(model)
+    elif config.base_model is None:
+        raise CheckpointError("its trunk is that of a model without a name: pass model=")
     else:
-        trunk = model.base_model
-    found = signature(trunk)
-    if config.signature is not None and found is not None:
-        wanted = torch.tensor(config.signature)
-        # as near as half precision keeps weights
-        if not torch.allclose(torch.tensor(found), wanted, rtol=0.02, atol=0.01 * float(wanted.abs().mean())):
-            raise CheckpointError(
-                f"the head was trained on the hidden states of {config.base_model!r}, and the model given has other "
-                "weights: give that model, or train a head for this one"
-            )
+        place = model_place(config.base_model, config.base_revision)
+        trunk, _ = read_model(AutoModel, place, config.base_revision, dtype=dtype)
+        trunk = causal_body(trunk.to(device).eval())  # type: ignore[arg-type]
+    check_base(trunk, config, what)
     return trunk
+
+
+def check_base(trunk: PreTrainedModel, config: QConfig, what: str) -> None:
+    """Refuse another trunk than the one of the training; where none is recorded, say so in one line.
+
+    Args:
+        trunk: without the network's own adapter.
+        config: of the network.
+        what: a message calls it.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    name = config.base_model or "its model"
+    if config.base_fingerprint is not None:
+        check_digest(trunk, config.base_fingerprint, name)
+    else:
+        if config.signature is not None:
+            _check_signature(trunk, config.signature, name)
+        warn_unrecorded(what, name)
+
+
+@torch.no_grad()
+def _check_signature(trunk: PreTrainedModel, recorded: list[float], name: str) -> None:
+    """Compare the 32 weights of the last matrix that older folders hold, with three digits."""
+    weight = [parameter for parameter in trunk.parameters() if parameter.ndim == 2][-1]
+    if not weight.is_floating_point() or weight.is_meta:
+        return
+    places = torch.linspace(0, weight.numel() - 1, 32, dtype=torch.float64).long().to(weight.device)
+    found, wanted = weight.flatten()[places].float().cpu(), torch.tensor(recorded)
+    # as near as half precision keeps weights
+    if not torch.allclose(found, wanted, rtol=0.02, atol=0.01 * float(wanted.abs().mean())):
+        raise CheckpointError(
+            f"the head was trained on the hidden states of {name!r}, and the model given has other weights: give that "
+            "model, or train a head for this one"
+        )
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def train_q_network(
     states: dict[str, CachedStates] = {}
     if model.trunk == "shared":
         cast(nn.Module, network.trunk).to(arguments.device)
-        key = str([model.model_name_or_path, network.config.signature, *_digests(data), block_size, how])
+        key = str([model.model_name_or_path, network.config.base_fingerprint, *_digests(data), block_size, how])
         with arguments.main_process_first(local=False):
             for name, part in (("train", train_set), ("validation", validation_set)):
                 file = Path(str(arguments.output_dir)) / f"states-{name}.bin"
