@@ -136,7 +136,7 @@ class TrunkTap:
         """Forget everything."""
         with self._lock:
             self._readings: weakref.WeakKeyDictionary[Cache, _Reading] = weakref.WeakKeyDictionary()
-        self._local.cacheless = None
+        self._local.last = None
         self._compiled: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
         self._fallback.clear()
 
@@ -176,8 +176,9 @@ class TrunkTap:
         """The latest first."""
         with self._lock:
             readings = [*self._readings.values()]
-        if (cacheless := getattr(self._local, "cacheless", None)) is not None:
-            readings.append(cacheless)
+        last = getattr(self._local, "last", None)  # its cache may be gone, or there was none
+        if last is not None and all(each is not last for each in readings):
+            readings.append(last)
         mine = threading.get_ident()
         return sorted((each for each in readings if each.thread == mine), key=lambda each: -each.number)
 
@@ -225,7 +226,7 @@ class TrunkTap:
     def _end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._compiled = None
         begun: _Begun | None = getattr(self._local, "begun", None)
-        self._local.begun = self._local.cacheless = None
+        self._local.begun = self._local.last = None
         if begun is None or begun.past is None:
             return
         given = self._given(args, kwargs)
@@ -242,8 +243,7 @@ class TrunkTap:
             reading.rows = _rows_of(cache, reading.text.shape[1])
             with self._lock:
                 self._readings[cache] = reading
-        else:
-            self._local.cacheless = reading
+        self._local.last = reading
 
     def _reading(
         self, begun: _Begun, given: dict[str, Any], fed: Tensor, ids: Tensor | None, hidden: Tensor

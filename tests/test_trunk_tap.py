@@ -3,11 +3,12 @@
 import copy
 import gc
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from decoding import CLOSE, RULE, VOCABULARY, assistant_of, decode, new_tokens, padded, prompts
-from transformers import LogitsProcessor
+from transformers import DynamicCache, LogitsProcessor
 
 from rectify import CheckpointError, DeadEndQNetwork, InvalidArgumentError, RectificationProcessor
 from rectify.q_network import QConfig
@@ -180,6 +181,155 @@ def test_another_models_generate_is_refused(make_model):
     processor = RectificationProcessor(shared_network(model), RULE, model=model, do_sample=False)
     with pytest.raises(InvalidArgumentError, match="bound to another"):
         decode(other, prompts(), processor)
+
+
+# --- whose states they are
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("caching", [True, False])
+def test_guidance_runs_another_text_on_the_same_model(make_model, kind, caching):
+    model = make_model(kind)
+    processor = Both(shared_network(model), model, do_sample=False)
+    options = {"guidance_scale": 2.0, "negative_prompt_ids": prompts(2, 4, seed=9), "use_cache": caching}
+    decode(model, prompts(2, 4), processor, **options)
+    assert processor.calls == 12
+    assert processor.worst < CLOSE
+
+
+def test_a_prompt_of_the_same_length_is_run_inside_a_processor(make_model, spy):
+    model = make_model("llama")
+    network = shared_network(model)
+    runs = spy(network)
+    shared = RectificationProcessor(network, RULE, model=model, do_sample=False)
+    expected = decode(model, prompts(2, 6), shared, max_new_tokens=6)
+
+    def generating(input_ids, scores):
+        model.generate(prompts(*input_ids.shape, seed=5), max_new_tokens=2, do_sample=False, pad_token_id=0)
+        return scores
+
+    options = {"max_new_tokens": 6, **shared.generate_kwargs()}
+    assert torch.equal(model.generate(prompts(2, 6), logits_processor=[generating, shared], **options), expected)
+    assert runs == []
+
+
+def test_two_texts_in_turn_are_told_apart(make_model, spy):
+    model = make_model("llama")
+    network = shared_network(model)
+    shared, apart = RectificationProcessor(network, RULE, model=model), RectificationProcessor(network, RULE)
+    texts, scores = [prompts(2, 5, seed) for seed in (0, 1)], torch.randn(2, VOCABULARY)
+    expected = [[apart(torch.cat((text, text[:, :more]), 1), scores) for more in range(5)] for text in texts]
+    caches, runs = [DynamicCache(config=model.config) for _ in texts], spy(network)
+    with torch.no_grad():
+        for more in range(5):
+            for text, cache in zip(texts, caches, strict=True):
+                model(text[:, more - 1 : more] if more else text, past_key_values=cache)
+            for text, of_text in zip(texts, expected, strict=True):
+                found = shared(torch.cat((text, text[:, :more]), 1), scores)
+                assert torch.allclose(found, of_text[more], atol=CLOSE)
+    assert runs == []
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@torch.no_grad()
+def test_rows_with_the_same_last_token_are_told_apart(make_model, spy, layers):
+    model = make_model("llama", num_hidden_layers=layers)
+    network = shared_network(model)
+    shared, apart = RectificationProcessor(network, RULE, model=model), RectificationProcessor(network, RULE)
+    scores, ids = torch.randn(2, VOCABULARY), prompts(2, 6)
+    ids[:, -1] = 7
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    assert torch.allclose(shared(ids.flip(0), scores), apart(ids.flip(0), scores), atol=CLOSE)
+    cache.reorder_cache(torch.tensor([1, 0]))  # as beam search does
+    more = torch.full((2, 1), 7)
+    model(more, past_key_values=cache)
+    swapped, straight = torch.cat((ids.flip(0), more), 1), torch.cat((ids, more), 1)
+    expected = [apart(each, scores) for each in (swapped, straight)]
+    runs = spy(network)
+    assert torch.allclose(shared(swapped, scores), expected[0], atol=CLOSE)
+    assert runs == []
+    assert torch.allclose(shared(straight, scores), expected[1], atol=CLOSE)
+    assert len(runs) == 1
+
+
+@torch.no_grad()
+def test_what_the_model_was_told_to_read_otherwise_is_run_anew(make_model, spy):
+    model = make_model("gpt2")
+    network = shared_network(model)
+    ids, scores = prompts(2, 6), torch.randn(2, VOCABULARY)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    expected = RectificationProcessor(network, RULE)(ids, scores)
+    expected_padded = RectificationProcessor(network, RULE, attention_mask=mask)(ids, scores)
+    shared, runs = RectificationProcessor(network, RULE, model=model), spy(network)
+    for options in ({"attention_mask": mask}, {"position_ids": torch.arange(6)[None] + 3}):
+        model(ids, **options)  # with padding where there is none, and at other places
+        assert torch.allclose(shared(ids, scores), expected, atol=CLOSE)
+        shared.reset()
+    assert len(runs) == 2
+    shared.set_attention_mask(mask)
+    for options in ({}, {"attention_mask": mask}):  # without the padding, and without the places
+        model(ids, **options)
+        assert torch.allclose(shared(ids, scores), expected_padded, atol=CLOSE)
+        shared.reset()
+    before = len(runs)
+    model(ids, attention_mask=mask, position_ids=positions)
+    assert torch.allclose(shared(ids, scores), expected_padded, atol=CLOSE)
+    assert len(runs) == before
+
+
+def test_drafts_of_the_models_own_first_layers_are_no_states_of_it(make_model):
+    model = make_model("llama", num_hidden_layers=3)
+    network = shared_network(model)
+    plain = decode(model, prompts(1, 6), RectificationProcessor(network, RULE, do_sample=False))
+    processor = RectificationProcessor(network, RULE, model=model, do_sample=False)
+    assert torch.equal(decode(model, prompts(1, 6), processor, assistant_early_exit=1), plain)
+
+
+def test_a_static_cache_and_a_compiled_model_are_followed(make_model, spy):
+    model = make_model("llama")
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    network = shared_network(model)
+    apart = RectificationProcessor(network, RULE, attention_mask=mask, do_sample=False)
+    expected = decode(model, prompts(2, 6), apart, attention_mask=mask)
+    runs = spy(network)
+    processor = RectificationProcessor(network, RULE, model=model, attention_mask=mask, do_sample=False)
+    options = {"attention_mask": mask, "cache_implementation": "static"}
+    assert torch.equal(decode(model, prompts(2, 6), processor, **options), expected)
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    assert torch.equal(decode(model, prompts(2, 6), processor, **options), expected)
+    assert runs == []
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_one_processor_serves_several_threads(make_model, make_q_network, shared):
+    model = make_model("llama")
+    network = shared_network(model) if shared else make_q_network("llama")
+    texts = [prompts(1 + number % 2, 4 + number % 3, seed=number) for number in range(6)]
+    masks = [torch.ones_like(text) for text in texts]
+    masks[1][0, :2] = 0
+    options = {"max_new_tokens": 8, "pad_token_id": 0}
+    expected = []
+    for text, mask in zip(texts, masks, strict=True):
+        alone = RectificationProcessor(network, RULE, use_cache=False, do_sample=False, attention_mask=mask)
+        expected.append(decode(model, text, alone, attention_mask=mask, **options))
+    processor = RectificationProcessor(network, RULE, model=model, do_sample=False)
+    options |= processor.generate_kwargs()
+
+    def work(number):
+        outputs = []
+        processor.set_attention_mask(masks[number])
+        for _ in range(3):
+            given = {"attention_mask": masks[number], "logits_processor": [processor]}
+            outputs.append(model.generate(texts[number], **given, **options))
+        return all(torch.equal(output, expected[number]) for output in outputs)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(work, range(6)))
+    rows = sum(len(output) * (output.shape[1] - len(text[0])) for text, output in zip(texts, expected, strict=True))
+    assert processor.statistics().decisions == 3 * rows
 
 
 def test_a_model_keeps_nothing_of_a_processor_that_is_gone(make_model):
