@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.adapters import load_any_adapter
+from rectify.context import context_length
 from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.heads import LowRankHead, PublishedHead
 from rectify.hub import checkpoint_folder, model_place
@@ -257,7 +258,7 @@ class DeadEndQNetwork(nn.Module):
     @property
     def context(self) -> int | None:
         """Longest prefix in tokens that the trunk was made for, or `None` where it names no limit."""
-        return getattr(self.trunk.config.get_text_config(), "max_position_embeddings", None)
+        return context_length(self.trunk.config)
 
     @property
     def abilities(self) -> Abilities:
