@@ -112,7 +112,7 @@ def write_records(*files: tuple[Path, Iterable[dict[str, Any]]]) -> None:
     _replace([(path, map(json_line, records)) for path, records in files])
 
 
-def json_line(record: dict[str, Any]) -> str:
+def json_line(record: Any) -> str:
     """A record as a line of JSON, `null` for NaN and infinities; in ASCII where it holds what is no valid Unicode."""
     try:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)

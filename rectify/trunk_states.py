@@ -53,7 +53,7 @@ class Rotation:
 def rotation_of(config: Any) -> Rotation | None:
     """How the positions of a model depend on the length of the text, by its configuration; `None` where they do not."""
     found = []
-    context = context_length(config)
+    context = getattr(config, "max_position_embeddings", None)
     for parameters in _rotary_parameters(config):
         kind = str(parameters.get("rope_type") or parameters.get("type"))
         before = parameters.get("original_max_position_embeddings") or getattr(
