@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from rectify.causal_body import causal_body
+from rectify.context import context_length
 from rectify.errors import InvalidArgumentError
 from rectify.growing_cache import growing_cache
 from rectify.packed_attention import Packing, can_pack, packed
@@ -86,7 +87,7 @@ class CausalStates:
     @property
     def context(self) -> int | None:
         """Longest prefix in tokens that the model was made for, or `None` where it names no limit."""
-        return getattr(self.config, "max_position_embeddings", None)
+        return context_length(self.config)
 
     def check(self, prefixes: Tensor, name: str, more: int = 0) -> None:
         """Refuse what the model cannot read.

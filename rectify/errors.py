@@ -155,6 +155,12 @@ def install_line(extra: str) -> str:
     return f"pip install 'rectify-lm[{extra}]'"
 
 
+def shown(value: object) -> str:
+    """How a message shows a value: its `repr`, cut after 60 characters."""
+    written = repr(value)
+    return written if len(written) <= 60 else f"{written[:60]}…"
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, short enough to be part of a message."""
     lines = str(error).strip().splitlines()

@@ -1,4 +1,4 @@
-"""JSON files: records a line, and values written whole or not at all."""
+"""JSON: values read strictly, records a line, and files written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,72 @@ from typing import Any
 
 from rectify.errors import InvalidArgumentError
 from rectify.run_lock import UNFINISHED_ENDING, cannot_write
+
+_DEEPEST = 100
+"""Levels of lists and objects: more than any record has, and few enough for what copies and writes them."""
+
+
+def parse_json(text: str, start: int = 0) -> Any:
+    """Return the JSON value that a text holds, alone or from a place on.
+
+    Python's own reader keeps the last of two fields of one name, and ends with a `RecursionError` where lists are
+    nested deeply: both are refused here. Like it, this one takes NaN and Infinity for numbers.
+
+    Args:
+        text: the value, with blanks around it.
+        start: where the value begins.
+
+    Raises:
+        ValueError: it is no JSON value, or one of these two; the message is one short line.
+    """
+    value, end = parse_json_at(text, start)
+    if end != len(text) and (rest := text[end:].strip(_BLANK)):
+        raise ValueError(f"more text after the value: {rest[:20]!r}")
+    return value
+
+
+def parse_json_at(text: str, start: int = 0) -> tuple[Any, int]:
+    """Return the first JSON value from a place on, and where it ends; see `parse_json`."""
+    begin = start
+    while begin < len(text) and text[begin] in _BLANK:
+        begin += 1
+    try:
+        value, end = _DECODER.scan_once(text, begin)
+    except StopIteration as error:
+        place, found = error.value - start, text[error.value : error.value + 20]
+        raise ValueError(f"{found!r} is no value, at character {place + 1}" if found else "it ends early") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg}, at character {error.pos - start + 1}") from error
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels") from error
+    if text.count("[", begin, end) + text.count("{", begin, end) > _DEEPEST and _is_deep(value):
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")
+    return value, end
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, list | dict)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return any(isinstance(each, list | dict) for each in level)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice[:60]!r} stands twice in one object")
+    return found
+
+
+_BLANK = " \t\n\r"
+_DECODER: Any = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -46,9 +112,13 @@ def write_records(*files: tuple[Path, Iterable[dict[str, Any]]]) -> None:
     _replace([(path, map(json_line, records)) for path, records in files])
 
 
-def json_line(record: dict[str, Any]) -> str:
-    """A record as a line of JSON; in ASCII where it holds what is no valid Unicode."""
-    line = json.dumps(record, ensure_ascii=False)
+def json_line(record: Any) -> str:
+    """A record as a line of JSON, `null` for NaN and infinities; in ASCII where it holds what is no valid Unicode."""
+    try:
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        record = without_undefined(record)
+        line = json.dumps(record, ensure_ascii=False)
     try:
         line.encode("utf-8")
     except UnicodeEncodeError:

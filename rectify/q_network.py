@@ -18,6 +18,7 @@ from transformers import AutoModel, Cache, PreTrainedModel, PreTrainedTokenizerB
 
 from rectify.adapters import adapt_body, fold_in, load_any_adapter, save_adapter
 from rectify.causal_body import causal_body
+from rectify.context import context_length
 from rectify.effective_weights import has_adapter
 from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.heads import LowRankHead, PublishedHead
@@ -271,7 +272,7 @@ class DeadEndQNetwork(nn.Module):
     @property
     def context(self) -> int | None:
         """Longest prefix in tokens that the trunk was made for, or `None` where it names no limit."""
-        return getattr(self.trunk.config.get_text_config(), "max_position_embeddings", None)
+        return context_length(self.trunk.config)
 
     @property
     def abilities(self) -> Abilities:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from rectify.command_line import say
 from rectify.errors import InvalidArgumentError
+from rectify.json_files import json_line
 from rectify.run_lock import cannot_write
 
 Item = TypeVar("Item")
@@ -79,8 +80,8 @@ def check_records(path: Path, items: Iterable[Item], belongs: Callable[[Record, 
 
 
 def same_json(one: Any, other: Any) -> bool:
-    """Whether two JSON values are one, the order of their fields and NaN included."""
-    return json.dumps(one) == json.dumps(other)
+    """Whether two JSON values are written alike, with their fields in one order."""
+    return json_line(one) == json_line(other)
 
 
 def _is_record(line: bytes) -> bool:

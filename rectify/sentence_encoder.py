@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.context import context_length
 from rectify.detectors.classifier import batches_by_length
 from rectify.errors import InvalidArgumentError
 from rectify.hub import model_place, weights_fingerprint
@@ -46,7 +47,7 @@ class SentenceEncoder(nn.Module):
         self.model, self.tokenizer, self.max_length, self.fingerprint = model, tokenizer, max_length, fingerprint
         model.config.get_text_config().use_cache = False
         tokenizer.truncation_side = "right"
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length
+        positions = context_length(model.config) or max_length
         if not tokenizer.num_special_tokens_to_add() < max_length <= positions:
             raise InvalidArgumentError(
                 f"max_length is {max_length}: give a number above {tokenizer.num_special_tokens_to_add()}, at most "

@@ -1,22 +1,18 @@
-"""Text files: texts, and their labels or spans, from JSON lines, CSV, TSV and plain text."""
+"""Texts, and their labels or spans, from files of records; see `record_files`."""
 
 from __future__ import annotations
 
 import ast
-import csv
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rectify.errors import InvalidArgumentError, TrajectoryError
+from rectify.errors import InvalidArgumentError, TrajectoryError, shown
+from rectify.record_files import is_missing, read_rows
 
 TEXT_COLUMN = "text"
 SPANS_COLUMN = "spans"
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_LONGEST_CELL = 2**24  # characters; the csv module's own limit, 2**17, is below what long documents need
 _WORDS = {"true": 1.0, "false": 0.0}
 
 
@@ -50,9 +46,7 @@ def read_texts(paths: Sequence[str | Path], text_columns: Sequence[str] = (TEXT_
     """
     columns = one_a_file("text_column", text_columns, len(paths))
     return [
-        _text(row, column, place)
-        for path, column in zip(paths, columns, strict=True)
-        for place, row in read_rows(Path(path))
+        _text(row, column, place) for path, column in zip(paths, columns, strict=True) for place, row in read_rows(path)
     ]
 
 
@@ -102,7 +96,7 @@ def labelled_rows(
         InvalidArgumentError, TrajectoryError: as in `read_labelled_texts`.
     """
     values = LabelValues(label_values)
-    for place, row in read_rows(Path(path)):
+    for place, row in read_rows(path):
         yield place, *_labelled_text(row, text_column, label_column, values, place)
 
 
@@ -145,7 +139,7 @@ class LabelValues:
             return _label(value, word, column, place)
         if word not in self._labels:
             raise TrajectoryError(
-                f"{place}: {column} is {value!r}, which label_values {self._mapping!r} does not name: add "
+                f"{place}: {column} is {shown(value)}, which label_values {self._mapping!r} does not name: add "
                 f"{word}=1, {word}=0 or, to leave such rows out, {word}="
             )
         return self._labels[word]
@@ -165,14 +159,14 @@ def named_rows(
         TrajectoryError: as in `read_labelled_texts`, or `names` lacks a value.
     """
     known = {_word(value): name for value, name in names.items()}
-    for place, row in read_rows(Path(path)):
+    for place, row in read_rows(path):
         if not isinstance(row, dict):
             raise TrajectoryError(f"{place}: no object with columns: give JSON objects, or a .csv or .tsv file")
         value = _cell(row, label_column, "label_column", place)
         word = _word(value)
         if word not in known:
             raise TrajectoryError(
-                f"{place}: {label_column} is {value!r}, which is none of {', '.join(known)}: say what it means in "
+                f"{place}: {label_column} is {shown(value)}, which is none of {', '.join(known)}: say what it means in "
                 "label_classes, or give another label_column"
             )
         yield place, row, _text(row, text_column, place), known[word]
@@ -191,7 +185,7 @@ def read_annotated_texts(paths: Sequence[str | Path]) -> list[AnnotatedText]:
     Raises:
         TrajectoryError: as in `read_texts`, or spans are missing, none of these, or not in the text.
     """
-    return [_annotated_text(row, place) for path in paths for place, row in read_rows(Path(path))]
+    return [_annotated_text(row, place) for path in paths for place, row in read_rows(path)]
 
 
 def one_a_file(name: str, columns: Sequence[str], files: int) -> list[str]:
@@ -205,107 +199,6 @@ def one_a_file(name: str, columns: Sequence[str], files: int) -> list[str]:
             f"{name} is given {len(columns)} times for {files} files: give it once for all, or once for each file"
         )
     return list(columns) * files if len(columns) == 1 else list(columns)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files to rows
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, each with how to name its place in a message.
-
-    Args:
-        path: a file as `read_texts` takes it.
-
-    Raises:
-        TrajectoryError: the file cannot be read or holds no row, or a line cannot be used.
-    """
-    suffix = path.suffix.lower()
-    rows: Iterator[tuple[int, Any]] = _text_rows(path) if suffix == ".txt" else _json_rows(path)
-    if suffix in _DELIMITERS:
-        rows = _table_rows(path, _DELIMITERS[suffix])
-    empty, unit = True, "line"
-    try:
-        if suffix == ".json" and _begins_with_list(path):
-            rows, unit = _listed_rows(path), "record"
-        for number, row in rows:
-            empty = False
-            yield _place(path, number, unit), row
-    except OSError as error:
-        raise TrajectoryError(
-            f"texts {str(path)!r} cannot be read ({error.strerror or error}): give the path of a text file"
-        ) from error
-    if empty:
-        raise TrajectoryError(f"texts {str(path)!r} holds no text: give one JSON value, row or text a line")
-
-
-def _listed_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """The values of a JSON list, numbered from 0."""
-    try:
-        yield from enumerate(json.loads(path.read_text(encoding="utf-8-sig")))
-    except ValueError as error:
-        raise TrajectoryError(
-            f"texts {str(path)!r} begins a JSON list and is none ({error}): give a whole one, or a value a line"
-        ) from error
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in _text_rows(path):
-        try:
-            yield number, json.loads(line)
-        except ValueError as error:
-            raise TrajectoryError(
-                f"{_place(path, number)}: no JSON ({error}): give one JSON value a line, or a .csv, .tsv or .txt file"
-            ) from error
-
-
-def _begins_with_list(path: Path) -> bool:
-    """Whether a file is one JSON list, and not a value a line."""
-    with path.open("rb") as file:
-        return next((line for line in file if line.strip()), b"").lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
-
-
-def _text_rows(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in _lines(path):
-        if line.strip():
-            yield number, line.rstrip("\r\n")
-
-
-def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """Each row that is not blank, and the number of its first line; `None` for the cells that a short one lacks."""
-    limit = csv.field_size_limit(_LONGEST_CELL)
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter)
-    number = 1
-    try:
-        header = next(filter(None, reader), [])
-        number = reader.line_num + 1
-        for cells in reader:
-            if cells:
-                yield number, dict(zip_longest(header, cells[: len(header)]))
-            number = reader.line_num + 1
-    except csv.Error as error:
-        raise TrajectoryError(
-            f"{_place(path, number)}: {error}: close every quoted cell, and quote those with line ends"
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends, split at line feeds alone, as texts may hold Unicode's other line separators."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                # Excel begins a file with a byte-order mark
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise TrajectoryError(
-                    f"{_place(path, number)}: {error.reason} at byte {error.start}: give a text file, saved as UTF-8"
-                ) from error
-
-
-def _place(path: Path, number: int, unit: str = "line") -> str:
-    return f"texts {str(path)!r}, {unit} {number}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,9 +234,20 @@ def _text(row: Any, column: str, place: str) -> str:
         if isinstance(text, dict):
             text = text.get("text")
     if not isinstance(text, str):
-        raise TrajectoryError(f"{place}: {text!r} stands where the text should be: give a string")
+        raise TrajectoryError(f"{place}: {shown(text)} stands where the text should be: give a string")
+    check_present(row, text, place)
     check_unicode(text, place)
     return text
+
+
+def check_present(row: Any, text: str, place: str) -> None:
+    """Refuse a text that stands in a table for none.
+
+    Raises:
+        TrajectoryError: it does; `place` names it.
+    """
+    if is_missing(row, text):
+        raise TrajectoryError(f"{place}: {text!r} stands where the text should be: leave out rows without a text")
 
 
 def check_unicode(text: str, place: str) -> None:
@@ -374,8 +278,8 @@ def _label(value: Any, word: str, column: str, place: str) -> float:
         label = float("nan")
     if not 0 <= label <= 1:
         raise TrajectoryError(
-            f"{place}: {column} is {value!r}: give 0, 1, true, false or a number between, another label_column, or "
-            "label_values"
+            f"{place}: {column} is {shown(value)}: give 0, 1, true, false or a number between, another label_column, "
+            "or label_values"
         )
     return label
 
@@ -404,9 +308,8 @@ def _annotated_text(row: Any, place: str) -> AnnotatedText:
             "characters from 0, end exclusive"
         ) from error
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}…"
         raise TrajectoryError(
-            f"{place}: spans is {shown}: give a list of characters, [4, 5, 6], or of starts and ends, [[4, 7]]"
+            f"{place}: spans is {shown(value)}: give a list of characters, [4, 5, 6], or of starts and ends, [[4, 7]]"
         ) from error
 
 

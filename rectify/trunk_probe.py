@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from rectify.context import context_length
 from rectify.errors import InvalidArgumentError, first_line
 from rectify.growing_cache import growing_cache, has_grown, keep
 from rectify.trunk_states import (
@@ -138,7 +139,7 @@ class _Probe:
         self.trunk, self.positions = trunk, takes_positions(trunk)
         config = cast(Any, trunk).config.get_text_config()
         self.rotation = rotation_of(config)
-        bounds = [_LENGTH, getattr(config, "max_position_embeddings", None)]
+        bounds = [_LENGTH, context_length(config)]
         bounds += [self.rotation.limit] if self.rotation is not None else []
         self.length = min(bound for bound in bounds if isinstance(bound, int) and bound > 0)
         self.shared = min(_SHARED, max(1, self.length // 2))

@@ -7,7 +7,7 @@ in silence.
 
 from __future__ import annotations
 
-import json
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rectify.chain import Steps
-from rectify.errors import TrajectoryError
+from rectify.errors import shown
+from rectify.json_files import parse_json
+from rectify.text_lines import TextFile
 
 SCHEMA = 1
 
@@ -142,18 +144,12 @@ def read_records(path: str | Path, kind: type[Record]) -> Iterator[Record]:
     Raises:
         TrajectoryError: the file cannot be read, or a line, named by its number, is no record of this kind.
     """
-    path = Path(path)
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    yield _record(json.loads(line), kind)
-                except ValueError as error:
-                    raise TrajectoryError(
-                        f"{str(path)!r}, line {number}: {error}: give a file written by `rectify build cmd`"
-                    ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrajectoryError(f"{str(path)!r} cannot be read ({error}): give a file of {kind.__name__}") from error
+    file = TextFile(Path(path), "records")
+    for number, line in file.texts():
+        try:
+            yield _record(parse_json(line), kind)
+        except ValueError as error:
+            raise file.refusal(f"{error}: give a file written by `rectify build cmd`", number) from error
 
 
 def _record(value: Any, kind: type[Record]) -> Record:
@@ -166,7 +162,7 @@ def _record(value: Any, kind: type[Record]) -> Record:
         raise ValueError(f"{kind.__name__} has {'no' if name in given else 'a'} field {name!r}")
     for name, hint in typing.get_type_hints(kind).items():
         if not _fits(given[name], hint):
-            raise ValueError(f"{name} is {given[name]!r}, no {hint}")
+            raise ValueError(f"{name} is {shown(given[name])}, no {hint}")
     return kind(**given)
 
 
@@ -178,5 +174,5 @@ def _fits(value: Any, hint: Any) -> bool:
         (inner,) = typing.get_args(hint)
         return isinstance(value, list) and all(_fits(item, inner) for item in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return type(value) is hint

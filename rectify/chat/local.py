@@ -9,6 +9,7 @@ import torch
 from jinja2 import TemplateError
 
 from rectify.chat.model import ChatSampling, Message, check_messages
+from rectify.context import context_length
 from rectify.errors import CheckpointError, InvalidArgumentError, ReplyError
 from rectify.hub import available_device, load_language_model
 from rectify.sampling import Sampling
@@ -49,7 +50,7 @@ class LocalChat:
             temperature=self.sampling.temperature or None,
             top_p=self.sampling.top_p,
         ).plain_kwargs()
-        self._context: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        self._context = context_length(self._model.config)
         self._lock = threading.Lock()
 
     @torch.inference_mode()

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.adapters import ADAPTER_FILE, WEIGHTS_FILE, add_adapter, put_adapter, read_adapter, save_adapter
+from rectify.context import longest_input
 from rectify.detectors.backbone import Quantization, load_backbone
 from rectify.detectors.config import DetectorConfig, Form
 from rectify.errors import CheckpointError, InvalidArgumentError
@@ -58,8 +59,7 @@ class ToxicityClassifier(nn.Module):
         inner.config.get_text_config().use_cache = False
         tokenizer.truncation_side = "right"
         self._special_tokens = tokenizer.num_special_tokens_to_add()
-        positions = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
-        longest = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+        longest = longest_input(inner.config, tokenizer) or config.max_length
         if not self._special_tokens < config.max_length <= longest:
             raise InvalidArgumentError(
                 f"max_length is {config.max_length}: give a number from {self._special_tokens + 1} to the {longest} "

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rectify.adapted_model import load_adapted
 from rectify.adapters import save_adapter
 from rectify.chat_template import chat_prompt
+from rectify.context import context_length
 from rectify.detectors.classifier import check_texts
 from rectify.detectors.config import check_temperature
 from rectify.detectors.templates import Parsed, Template
@@ -298,7 +299,7 @@ class InstructionDetector:
         return result
 
     def _check_room(self, prefixes: Sequence[Sequence[int]], more: int) -> None:
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(self.model.config)
         longest = max(map(len, prefixes), default=0)
         if context is not None and longest + more > context:
             raise InvalidArgumentError(

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.chat_template import PairForm, chat_pair_form
+from rectify.context import longest_input
 from rectify.detectors.classifier import CONFIG_FILE, ToxicityClassifier
 from rectify.detectors.config import DetectorConfig
 from rectify.errors import CheckpointError, InvalidArgumentError
@@ -351,7 +352,6 @@ def _published_config(folder: Path) -> ModerationConfig:
                 "them as id2label in its config.json"
             )
         names = list(CATEGORIES)
-    positions = getattr(model.get_text_config(), "max_position_embeddings", None) or 512
     # the tokenizer keeps the longest length of the training
-    longest = read_tokenizer(folder).model_max_length
-    return ModerationConfig(str(folder), labels=names, max_length=min(512, positions, longest))
+    longest = longest_input(model, read_tokenizer(folder)) or 512
+    return ModerationConfig(str(folder), labels=names, max_length=min(512, longest))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.adapters import add_adapter, load_adapter, save_adapter
+from rectify.context import longest_input
 from rectify.detectors.classifier import batches_by_length
 from rectify.detectors.span_decoding import EncodedTexts, Span, encode_windows, spans_of, word_scores
 from rectify.detectors.span_heads import HEADS, SegmentHead, TokenHead
@@ -101,7 +102,7 @@ class SpanDetector(nn.Module):
                 f"the tokenizer of {config.base_model!r} does not say where tokens are: give a model with a fast one"
             )
         tokenizer.truncation_side = "right"
-        longest = min(tokenizer.model_max_length, getattr(text, "max_position_embeddings", None) or 2**62)
+        longest = longest_input(text, tokenizer) or config.max_length
         least = tokenizer.num_special_tokens_to_add() + config.overlap + 1
         if not least <= config.max_length <= longest:
             raise InvalidArgumentError(

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rectify.errors import TrajectoryError
-from rectify.text_files import read_rows
+from rectify.record_files import read_rows
+from rectify.text_files import check_present
 
 FILE_COLUMNS = ("functionality", "test_case", "label_gold")
 _GOLD = {"hateful": True, "non-hateful": False}
@@ -39,6 +40,7 @@ def read_functional_tests(path: Path) -> list[FunctionalTest]:
             if not isinstance(cell, str) or not cell:
                 raise TrajectoryError(f"{place}: no {column!r}: give a HateCheck file, with {', '.join(FILE_COLUMNS)}")
         functionality, text, gold = map(str, cells.values())
+        check_present(row, text, place)
         if gold not in _GOLD:
             raise TrajectoryError(f"{place}: label_gold is {gold!r}: give 'hateful' or 'non-hateful'")
         tests.append(FunctionalTest(functionality, text, _GOLD[gold]))

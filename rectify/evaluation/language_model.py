@@ -11,12 +11,14 @@ from typing import cast
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rectify.errors import InvalidArgumentError, PromptError, TrajectoryError
+from rectify.context import context_length
+from rectify.errors import InvalidArgumentError, PromptError
 from rectify.evaluation.fluency import continuation_nll
 from rectify.generation.generator import Continuation, Generator
 from rectify.generation.prompts import Prompt
 from rectify.sampling import Sampling
 from rectify.text_files import TEXT_COLUMN, read_texts
+from rectify.text_lines import TextFile
 
 _WINDOW = 1024  # tokens, where a model names no context
 
@@ -62,14 +64,12 @@ def read_documents(path: str | Path, column: str = TEXT_COLUMN) -> list[str]:
     Raises:
         TrajectoryError: the file cannot be read or holds no text, or a line, named by its number, cannot be used.
     """
-    if Path(path).suffix.lower() != ".txt":
+    file = TextFile(Path(path))
+    if file.kind != ".txt":
         return read_texts([path], [column])
-    try:
-        text = Path(path).read_bytes().decode("utf-8")  # with its line ends as they are, as every byte counts
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrajectoryError(f"texts {str(path)!r} cannot be read ({error}): give a text in UTF-8") from error
+    text = file.content()  # with its line ends as they are, as every byte counts
     if not text.strip():
-        raise TrajectoryError(f"texts {str(path)!r} holds no text: give another file")
+        raise file.refusal("holds no text: give another file")
     return [text]
 
 
@@ -103,7 +103,7 @@ def model_context(model: PreTrainedModel, context: int | None = None) -> int:
     Raises:
         InvalidArgumentError: more is given than the model was made for, or fewer than 2.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = context_length(model.config)
     if context is None:
         return longest or _WINDOW
     if context < 2 or (longest is not None and context > longest):
@@ -178,13 +178,10 @@ def read_lines(path: str | Path) -> list[Prompt]:
     Raises:
         PromptError: the file cannot be read or holds no prompt.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"samples {str(path)!r} cannot be read ({error}): give a text in UTF-8") from error
-    prompts = [Prompt.of(line.rstrip("\r")) for line in lines if line.strip()]
+    file = TextFile(Path(path), "samples", PromptError)
+    prompts = [Prompt.of(line) for _, line in file.texts()]
     if not prompts:
-        raise PromptError(f"samples {str(path)!r} holds no prompt: give one a line")
+        raise file.refusal("holds no prompt: give one a line")
     return prompts
 
 
@@ -207,7 +204,7 @@ def sample(
         raise InvalidArgumentError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
     sampling = Sampling(do_sample=True, temperature=1.0, top_k=0, top_p=0.9)
     generator = Generator(model, tokenizer, sampling, max_new_tokens, seed=seed)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = context_length(model.config)
     for place, reason in generator.unusable(list(prompts), longest).items():
         raise PromptError(f"samples hold {prompts[place].text[:60]!r}: {reason}")
     for number, prompt in enumerate(prompts):

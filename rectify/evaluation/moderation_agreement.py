@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rectify.errors import TrajectoryError
-from rectify.text_files import read_rows
+from rectify.record_files import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rectify.errors import InvalidArgumentError
-from rectify.json_files import write_json
+from rectify.json_files import parse_json, write_json
 
 KEY_FILE = "key.json"
 
@@ -92,7 +92,7 @@ def read_json(path: Path) -> Any:
         InvalidArgumentError: it is broken.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InvalidArgumentError(f"{str(path)!r} is broken ({error}): remove it and run again") from error
 

@@ -5,14 +5,14 @@ Source of the form: Bai et al., "Training a Helpful and Harmless Assistant with 
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rectify.detectors.moderation import Pair
-from rectify.errors import TrajectoryError
+from rectify.errors import first_line
+from rectify.json_files import parse_json
+from rectify.text_lines import TextFile
 
 UNSAFE = "unsafe"
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -32,29 +32,26 @@ def preference_records(path: Path) -> Iterator[dict[str, Any]]:
     They are relative: both may be safe, or neither. Preferences without two different pairs are passed over.
 
     Args:
-        path: JSON lines `{"chosen": dialogue, "rejected": dialogue}`, gzip if the name ends so.
+        path: JSON lines `{"chosen": dialogue, "rejected": dialogue}`, packed with gzip or not.
 
     Raises:
         TrajectoryError: the file cannot be read, or a line, named by its number, is of another form.
     """
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    preference = json.loads(line)
-                    pairs = [last_pair(preference[name]) for name in ("chosen", "rejected")]
-                except (ValueError, LookupError, TypeError, AttributeError) as error:
-                    raise TrajectoryError(
-                        f'preferences {str(path)!r}, line {number}: give {{"chosen": "…", "rejected": "…"}} a line'
-                    ) from error
-                if None not in pairs and pairs[0] != pairs[1]:
-                    for pair, unsafe in zip(pairs, (False, True), strict=True):
-                        assert pair is not None
-                        yield {
-                            "prompt": pair.question,
-                            "response": pair.answer,
-                            "category": {UNSAFE: unsafe},
-                            "is_safe": not unsafe,
-                        }
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise TrajectoryError(f"preferences {str(path)!r} cannot be read ({error}): give a JSON-lines file") from error
+    file = TextFile(path, "preferences")
+    for number, line in file.texts():
+        try:
+            preference = parse_json(line)
+            pairs = [last_pair(preference[name]) for name in ("chosen", "rejected")]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise file.refusal(
+                f'give {{"chosen": "…", "rejected": "…"}} a line ({first_line(error)})', number
+            ) from error
+        if None not in pairs and pairs[0] != pairs[1]:
+            for pair, unsafe in zip(pairs, (False, True), strict=True):
+                assert pair is not None
+                yield {
+                    "prompt": pair.question,
+                    "response": pair.answer,
+                    "category": {UNSAFE: unsafe},
+                    "is_safe": not unsafe,
+                }

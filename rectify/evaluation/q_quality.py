@@ -30,11 +30,13 @@ from rectify.evaluation.toxicity_prompts import TOXIC
 from rectify.evaluation.weights import weights_digest
 from rectify.generation.prompts import read_prompts_file
 from rectify.hub import load_language_model
+from rectify.json_files import parse_json
 from rectify.q_network import DeadEndQNetwork, token_risks
 from rectify.risk_model import RiskModel
 from rectify.splits import split_of
 from rectify.static_risk import StaticTokenRisk
 from rectify.text_files import TEXT_COLUMN, read_labelled_texts, read_texts
+from rectify.text_lines import TextFile
 from rectify.training.q_metrics import FRACTIONS, value_metrics
 from rectify.training.trajectory_data import TrajectoryDataset, read_trajectories
 from rectify.version import __version__
@@ -398,27 +400,20 @@ def read_pairs(path: str | Path) -> list[Pair]:
     Raises:
         InvalidArgumentError: it cannot be read or holds no pair, or a line, named by its number, is something else.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"pairs {str(path)!r} cannot be read ({error}): give JSON lines") from error
+    file = TextFile(Path(path), "pairs", InvalidArgumentError)
     pairs = []
     names = [field.name for field in fields(Pair)]
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in file.texts():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             values = [record[name] for name in names]
         except (ValueError, KeyError, TypeError):
             values = []
         if not values or not all(isinstance(value, str) for value in values):
-            raise InvalidArgumentError(
-                f"pairs {str(path)!r}, line {number}: {line[:60]!r}: give an object of the strings {', '.join(names)}"
-            )
+            raise file.refusal(f"{line[:60]!r}: give an object of the strings {', '.join(names)}", number)
         pairs.append(Pair(*values))
     if not pairs:
-        raise InvalidArgumentError(f"pairs {str(path)!r} holds no pair: give one JSON object a line")
+        raise file.refusal("holds no pair: give one JSON object a line")
     return pairs
 
 

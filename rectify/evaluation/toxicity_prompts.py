@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from rectify.errors import InvalidArgumentError, PromptError
+from rectify.errors import InvalidArgumentError, PromptError, shown
 from rectify.generation.prompts import Prompt
 from rectify.splits import record_key, split_of
 
@@ -26,8 +26,18 @@ SUBSETS = ("all", "toxic", "nontoxic", "balanced", "challenging")
 def prompt_toxicity(prompt: Prompt) -> float | None:
     """The Perspective toxicity of a record's prompt, 0 to 1; `None` where it has none."""
     field = prompt.record.get("prompt")
-    value = field.get("toxicity") if isinstance(field, dict) else None
-    return None if value is None else float(value)
+    return _known(field.get("toxicity"), prompt) if isinstance(field, dict) else None
+
+
+def _known(score: Any, prompt: Prompt) -> float | None:
+    """A score of a record, `None` where it is `null` or NaN."""
+    if score is None or score != score:
+        return None
+    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+        raise PromptError(
+            f"the prompt {prompt.text[:60]!r} has the toxicity {shown(score)}: give a number from 0 to 1, or null"
+        )
+    return float(score)
 
 
 def in_split(prompt: Prompt, split: str) -> bool:
@@ -91,7 +101,7 @@ def clean_texts(scored: Sequence[Prompt]) -> list[tuple[str, str]]:
     found = []
     for prompt in scored:
         continuation: dict[str, Any] = prompt.record.get("continuation") or {}
-        toxicity = continuation.get("toxicity")
+        toxicity = _known(continuation.get("toxicity"), prompt)
         if toxicity is not None and toxicity < CLEAN and str(continuation.get("text") or "").strip():
             found.append((prompt.text, continuation["text"]))
     return found

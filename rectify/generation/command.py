@@ -30,7 +30,8 @@ from rectify.sampling import Sampling
 from rectify.version import __version__
 
 _GENERATED = {"generations", "base_generations"}
-
+_SHOWN = 10
+"""Bad lines that are told of, of those that are skipped."""
 Arms = dict[str, Decoder]
 """What continues the prompts, the base first, by the names that are shown."""
 
@@ -128,8 +129,12 @@ def _prompts(arguments: argparse.Namespace) -> tuple[list[Prompt], str | None, b
     if arguments.prompt is not None:
         return numbered(map(Prompt.of, arguments.prompt)), None, False
     if arguments.prompts_file is not None:
-        prompts, skipped = read_prompts_file(arguments.prompts_file, arguments.skip_bad_lines)
-        return prompts, f"prompts: {skipped} bad lines skipped" if skipped else None, False
+        bad: list[str] = []
+        prompts, skipped = read_prompts_file(
+            arguments.prompts_file, arguments.skip_bad_lines, lambda number, why: bad.append(f"line {number}: {why}")
+        )
+        shown = "".join(f"\nprompts: {each}" for each in bad[:_SHOWN]) + ("\nprompts: …" if bad[_SHOWN:] else "")
+        return prompts, f"prompts: {skipped} bad lines skipped{shown}" if skipped else None, False
     if prompts := read_standard_input(sys.stdin):
         return prompts, None, False
     note = "prompts: built-in examples (give your own with --prompt, --prompts_file or standard input)"

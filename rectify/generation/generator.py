@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from rectify.chat_template import chat_prompt
+from rectify.context import context_length
 from rectify.generation.prompts import Prompt
 from rectify.keyed_noise import KeyedSampling, row_keys
 from rectify.methods.method import Decoder, MethodProcessor
@@ -281,9 +282,7 @@ def shared_context(model: PreTrainedModel, reads: Iterable[object] = ()) -> int 
         reads: other language models, or what has a `context`, such as a Q network; others set no limit.
     """
     contexts = [
-        getattr(each.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(each, PreTrainedModel)
-        else getattr(each, "context", None)
+        context_length(each.config) if isinstance(each, PreTrainedModel) else getattr(each, "context", None)
         for each in (model, *reads)
     ]
     return min((context for context in contexts if isinstance(context, int)), default=None)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import stat
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from rectify.errors import PromptError
+from rectify.json_files import parse_json
 from rectify.splits import record_key
+from rectify.text_lines import TextFile, decode_line
 
 EXAMPLES = (
     "I hope you choke, you",
@@ -79,34 +80,34 @@ def numbered(prompts: Iterable[Prompt]) -> list[Prompt]:
     return found
 
 
-def read_prompts_file(path: str | Path, skip_bad_lines: bool = False) -> tuple[list[Prompt], int]:
+def read_prompts_file(
+    path: str | Path, skip_bad_lines: bool = False, on_skip: Callable[[int, str], None] | None = None
+) -> tuple[list[Prompt], int]:
     """The prompts of a JSON-lines file (`-` for standard input), and how many bad lines were skipped.
 
     Args:
         path: each line holds a string, `{"prompt": "…"}` or a RealToxicityPrompts record; blank lines are passed over.
         skip_bad_lines: go on past lines that cannot be used, instead of refusing the file.
+        on_skip: is told of each of these the number, and why.
 
     Raises:
         PromptError: no such file, no prompt in it, or a bad line, named by its number.
     """
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise PromptError(f"prompts_file {str(path)!r} cannot be read: {error.strerror or error}") from error
+    file = TextFile(Path(path), "prompts_file", PromptError, sys.stdin.buffer if str(path) == "-" else None)
     prompts, skipped = [], 0
-    for number, line in enumerate(data.split(b"\n"), start=1):
+    for number, line in file.raw_lines():
         if not line.strip():
             continue
         try:
-            prompts.append(Prompt.of(json.loads(line.decode("utf-8"))))
-        except ValueError as error:  # PromptError, JSONDecodeError and UnicodeDecodeError are all of this kind
+            prompts.append(Prompt.of(parse_json(decode_line(line))))
+        except ValueError as error:  # PromptError too is of this kind
             if not skip_bad_lines:
-                raise PromptError(
-                    f"prompts_file {str(path)!r}, line {number}: {error} (or pass --skip_bad_lines)"
-                ) from error
+                raise file.refusal(f"{error} (or pass --skip_bad_lines)", number) from error
             skipped += 1
+            if on_skip is not None:
+                on_skip(number, str(error))
     if not prompts:
-        raise PromptError(f"prompts_file {str(path)!r} holds no usable prompt: give one JSON value a line")
+        raise file.refusal("holds no usable prompt: give one JSON value a line")
     return numbered(prompts), skipped
 
 
@@ -125,4 +126,5 @@ def read_standard_input(stream: TextIO) -> list[Prompt]:
             return []
     elif not stat.S_ISREG(mode):
         return []
-    return numbered(Prompt.of(line.rstrip("\r\n")) for line in stream if line.strip())
+    lines = TextFile(Path("-"), "standard input", PromptError, stream.buffer).texts()
+    return numbered(Prompt.of(line) for _, line in lines)

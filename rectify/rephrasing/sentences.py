@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rectify.errors import TrajectoryError
-from rectify.text_files import read_rows
+from rectify.record_files import is_missing, read_rows
 
 _COLUMN = "toxic"
 _REFERENCES = "neutral"
@@ -27,15 +27,18 @@ def read_sentences(path: str | Path) -> list[Sentence]:
         TrajectoryError: the file cannot be read, or a row has no sentence or no rewrite.
     """
     found = []
-    for place, row in read_rows(Path(path)):
+    for place, row in read_rows(path):
         cells = row if isinstance(row, dict) else {}
         text = str(cells.get(_COLUMN) or "").strip()
         references = tuple(
             value.strip()
             for name, value in cells.items()
-            if name.startswith(_REFERENCES) and isinstance(value, str) and value.strip()
+            if name.startswith(_REFERENCES)
+            and isinstance(value, str)
+            and value.strip()
+            and not is_missing(cells, value)
         )
-        if not text or not references:
+        if not text or is_missing(cells, text) or not references:
             raise TrajectoryError(f"{place}: no {_COLUMN!r} or no {_REFERENCES!r} text in it: give both")
         found.append(Sentence(text, references))
     return found

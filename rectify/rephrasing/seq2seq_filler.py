@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.builders.masking import MASK
+from rectify.context import context_length
 from rectify.errors import InvalidArgumentError
 from rectify.hub import model_place
 from rectify.keyed_noise import KeyedSampling, row_keys
@@ -81,7 +82,7 @@ class Seq2SeqFiller:
         texts = [text.replace(MASK, str(self.tokenizer.mask_token)) for text in masked]
         lengths = [len(ids) for ids in cast(list[list[int]], self.tokenizer(texts)["input_ids"])]
         limits = [length + _TOKENS_A_MASK * text.count(MASK) for length, text in zip(lengths, masked, strict=True)]
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        context = context_length(self.model.config)
         # the decoder begins with one token
         fitting = [place for place, limit in enumerate(limits) if context is None or limit < context]
         order = sorted(fitting, key=lambda place: -len(texts[place]))

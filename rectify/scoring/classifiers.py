@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from rectify.context import longest_input
 from rectify.detectors import ToxicityClassifier
 from rectify.detectors.classifier import batches_by_length
 from rectify.detectors.gated import ADAPTERS_FOLDER, GATE_FOLDER, GatedDetector, load_detector
@@ -21,7 +22,6 @@ from rectify.scoring.scores import Reason, Scores, check_attributes, reason_agai
 
 _LONGEST = 512  # tokens, where neither the model nor its tokenizer says less
 _MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".txt"}
-_POSITIONS_BEGIN_AT_2 = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet"}
 
 
 class DetectorScorer:
@@ -148,11 +148,7 @@ class HfScorer:
         return result
 
     def _longest(self) -> int:
-        config = self._model.config
-        positions = getattr(config, "max_position_embeddings", None) or _LONGEST
-        if config.model_type in _POSITIONS_BEGIN_AT_2:
-            positions -= 2
-        return min(self._tokenizer.model_max_length, positions, _LONGEST)
+        return min(longest_input(self._model.config, self._tokenizer) or _LONGEST, _LONGEST)
 
 
 def _function(name: str, problem_type: str | None, outputs: int, attributes: int) -> Callable:

@@ -12,8 +12,10 @@ import numpy as np
 
 from rectify.errors import InvalidArgumentError
 from rectify.json_files import sha256_of
+from rectify.record_files import read_rows
 from rectify.scoring.scores import Scores, check_attributes, reason_against
-from rectify.text_files import read_rows
+from rectify.tables import DELIMITERS
+from rectify.text_lines import TextFile
 
 _SEVERITY_COLUMNS = ("severity", "severity_rating")
 
@@ -76,19 +78,15 @@ def _branch(node: dict[str, Any]) -> str:
 
 def read_terms(path: Path, min_severity: float | None = None) -> list[str]:
     """The terms of a word list as they stand there; see `KeywordScorer`."""
-    if path.suffix.lower() in (".csv", ".tsv"):
-        return [_term(row, min_severity, place) for place, row in read_rows(path) if _taken(row, min_severity, place)]
+    file = TextFile(path, "keywords", InvalidArgumentError)
+    if file.kind in DELIMITERS:
+        return [_term(row, place) for place, row in read_rows(file) if _taken(row, min_severity, place)]
     if min_severity is not None:
         raise InvalidArgumentError(
             f"min_severity is {min_severity:g}, but keywords {str(path)!r} has no severities: leave it out or give a "
             ".csv file with a column severity"
         )
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(
-            f"keywords {str(path)!r} cannot be read ({error}): give a file of a term a line, saved as UTF-8"
-        ) from error
+    return [term for _, term in file.texts()]
 
 
 def _taken(row: dict[str, str | None], min_severity: float | None, place: str) -> bool:
@@ -103,7 +101,7 @@ def _taken(row: dict[str, str | None], min_severity: float | None, place: str) -
         ) from error
 
 
-def _term(row: dict[str, str | None], min_severity: float | None, place: str) -> str:
+def _term(row: dict[str, str | None], place: str) -> str:
     term = row.get("text")
     if term is None:
         raise InvalidArgumentError(f"{place}: no column 'text': call the column of the terms so")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from rectify.context import context_length
 from rectify.detectors.classifier import pad
 from rectify.detectors.config import check_knots
 from rectify.errors import CheckpointError, InvalidArgumentError, ScorerError
@@ -83,7 +84,7 @@ class PocketScorer:
                 f"attributes are {len(config.attributes)}, the model has {model.config.num_labels} outputs: "
                 "give one for each"
             )
-        longest = getattr(model.config, "max_position_embeddings", None)
+        longest = context_length(model.config)
         if longest is not None and config.max_length > longest:
             raise InvalidArgumentError(f"max_length is {config.max_length}, and the model reads {longest}: give less")
         if len(tokenizer) > cast(Any, model.get_input_embeddings()).weight.shape[0]:

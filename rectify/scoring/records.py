@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from rectify.errors import TrajectoryError
+from rectify.errors import TrajectoryError, shown
+from rectify.record_files import read_rows
 from rectify.scoring.scores import Reason
-from rectify.text_files import TEXT_COLUMN, one_a_file, read_rows
+from rectify.text_files import TEXT_COLUMN, check_present, one_a_file
 
 SCORES, ERROR, VERDICT = "scores", "score_error", "moderation"
 
@@ -61,7 +62,7 @@ class Record:
         if pairs and isinstance(value, dict) and text_column not in value and "prompt" in value:
             question = value["prompt"].get(TEXT_COLUMN) if isinstance(value["prompt"], dict) else value["prompt"]
             if not isinstance(question, str):
-                raise TrajectoryError(f"{where}: prompt is {question!r}, where a text should be: give a string")
+                raise TrajectoryError(f"{where}: prompt is {shown(question)}, where a text should be: give a string")
         if isinstance(value, dict) and text_column in value:
             places.append((text_column,) if isinstance(value[text_column], dict) else ())
         elif isinstance(value, dict) and text_column == TEXT_COLUMN:
@@ -88,7 +89,9 @@ class Record:
                 text = text.get(TEXT_COLUMN if place else text_column)
             if not isinstance(text, str):
                 name = ".".join(map(str, place)) or text_column
-                raise TrajectoryError(f"{where}: {name} is {text!r}, where a text should be: give a string")
+                raise TrajectoryError(f"{where}: {name} is {shown(text)}, where a text should be: give a string")
+            if not place:
+                check_present(value, text, where)
             texts.append(text if question is None else pair_text(question, text))
         return cls(value, tuple(places), tuple(texts))
 
@@ -161,5 +164,5 @@ def read_records(
     """
     columns = one_a_file("text_column", text_columns, len(paths))
     for path, column in zip(paths, columns, strict=True):
-        for where, value in read_rows(Path(path)):
+        for where, value in read_rows(path):
             yield Record.of(value, column, where, pairs)

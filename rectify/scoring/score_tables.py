@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rectify.errors import InvalidArgumentError, TrajectoryError
+from rectify.errors import InvalidArgumentError, TrajectoryError, shown
+from rectify.record_files import read_rows
 from rectify.scoring.labels import attribute_of
 from rectify.scoring.records import SCORES, Record, at
 from rectify.scoring.scores import ATTRIBUTES
 from rectify.splits import Split, record_key, split_of
-from rectify.text_files import TEXT_COLUMN, one_a_file, read_rows
+from rectify.text_files import TEXT_COLUMN, one_a_file
 
 _WORDS = {"true": 1.0, "false": 0.0}
 
@@ -54,7 +55,7 @@ def read_scored_texts(
                 f"score_columns holds {column}={attribute}: give one of {', '.join(ATTRIBUTES)} for it"
             )
     for path, column in zip(paths, columns, strict=True):
-        for where, value in read_rows(Path(path)):
+        for where, value in read_rows(path):
             record = Record.of(value, column, where)
             split = _split(value)
             for place, text in zip(record.places, record.texts, strict=True):
@@ -115,5 +116,5 @@ def _score(value: Any, name: str, where: str) -> float:
     except ValueError:
         score = float("nan")
     if not 0 <= score <= 1:
-        raise TrajectoryError(f"{where}: {name} is {value!r}: give a score from 0 to 1, or leave it empty")
+        raise TrajectoryError(f"{where}: {name} is {shown(value)}: give a score from 0 to 1, or leave it empty")
     return score

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from rectify.adapters import load_adapter
+from rectify.context import context_length
 from rectify.detectors.cascade import predicted
 from rectify.detectors.instruction import InstructionConfig, InstructionDetector
 from rectify.detectors.templates import TEMPLATES, Template
@@ -225,7 +226,7 @@ class EncodedRows(Dataset):
     """
 
     def __init__(self, detector: InstructionDetector, rows: Sequence[InstructionRow], name: str, room: int = 0) -> None:
-        context = getattr(detector.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(detector.model.config)
         end = cast(int | None, detector.tokenizer.eos_token_id)
         self.items: list[dict[str, Any]] = []
         self.rows: list[InstructionRow] = []

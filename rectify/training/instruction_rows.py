@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rectify.detectors.templates import TEXT, Template
-from rectify.errors import InvalidArgumentError, TrajectoryError
+from rectify.errors import InvalidArgumentError, TrajectoryError, shown
+from rectify.record_files import read_rows
 from rectify.splits import alike
-from rectify.text_files import check_unicode, named_rows, read_rows
+from rectify.text_files import check_unicode, named_rows
 
 ALPACA = ("instruction", "output")
 
@@ -88,7 +89,7 @@ def read_instruction_rows(
     names = parse_names(label_classes, template)
     found = Read()
     for path, text_column, label_column in zip(paths, text_columns, label_columns, strict=True):
-        _, first = next(iter(read_rows(Path(path))))
+        _, first = next(iter(read_rows(path)))
         if isinstance(first, dict) and all(column in first for column in ALPACA):
             _add_alpaca(found, path, template)
         elif isinstance(first, dict) and label_column not in first and answer_marker in str(first.get(text_column)):
@@ -121,10 +122,10 @@ def parse_names(label_classes: str, template: Template) -> dict[str, str]:
 
 
 def _add_alpaca(found: Read, path: str | Path, template: Template) -> None:
-    for place, row in read_rows(Path(path)):
+    for place, row in read_rows(path):
         record = row if isinstance(row, dict) else {}
         values = (record.get(name) for name in ("instruction", "input", "output"))
-        instruction, text, output = ("" if value is None else str(value).strip() for value in values)
+        instruction, text, output = (_string(value, place) for value in values)
         if not instruction or not output:
             raise TrajectoryError(f"{place}: no instruction and output: give an Alpaca record")
         found.instructions.add(instruction)
@@ -132,8 +133,14 @@ def _add_alpaca(found: Read, path: str | Path, template: Template) -> None:
         _add_answer(found, place, question, text or instruction, output, template)
 
 
+def _string(value: Any, place: str) -> str:
+    if not isinstance(value, str | None):
+        raise TrajectoryError(f"{place}: {shown(value)} stands where a text should be: give a string")
+    return (value or "").strip()
+
+
 def _add_ready(found: Read, path: str | Path, column: str, marker: str, template: Template) -> None:
-    for place, row in read_rows(Path(path)):
+    for place, row in read_rows(path):
         whole = row.get(column) if isinstance(row, dict) else None
         if not isinstance(whole, str) or marker not in whole:
             raise TrajectoryError(f"{place}: no {marker!r} in {column}: give the answer_marker of this file")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from rectify.adapters import add_adapter
+from rectify.context import context_length
 from rectify.detectors.classifier import pad
 from rectify.errors import InvalidArgumentError
 from rectify.quiet_peft import PeftModel, TaskType
@@ -68,7 +69,7 @@ def check_length(model: PreTrainedModel, max_length: int) -> None:
     Raises:
         InvalidArgumentError: `max_length` is out of range.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model.config)
     if max_length < 2 or (context is not None and max_length > context):
         limit = f"to {context}, the model's context" if context is not None else "on"
         raise InvalidArgumentError(f"max_length is {max_length}: give a number from 2 {limit}")

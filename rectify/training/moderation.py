@@ -14,8 +14,9 @@ from rectify.detectors.moderation import CATEGORIES, TUNED, Pair, QAModeration, 
 from rectify.errors import TrajectoryError, first_line
 from rectify.evaluation.moderation import flagged_figures, moderation_figures, tuned_thresholds
 from rectify.extras import need_extra
+from rectify.record_files import read_rows
 from rectify.splits import alike, split_by_hash
-from rectify.text_files import check_unicode, read_rows
+from rectify.text_files import check_unicode
 from rectify.training.detector import DetectorSettings, train_detector
 
 _FORM = 'give records {"prompt": "…", "response": "…", "category": {"name": true, …}}'
@@ -128,7 +129,7 @@ def read_judged_pairs(specs: Iterable[str]) -> tuple[list[JudgedPair], list[str]
 
 def _records(spec: str) -> Iterator[tuple[str, Any]]:
     if Path(spec).exists() or Path(spec).suffix.lower() in (".json", ".jsonl"):
-        yield from read_rows(Path(spec))
+        yield from read_rows(spec)
         return
     name, _, split = spec.partition(":")
     need_extra("datasets", f"{spec!r} is no file here, but may be a data set of the Hub")

@@ -19,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from rectify.context import context_length
 from rectify.errors import InvalidArgumentError, RectifyError, first_line
 from rectify.heads import LowRankHead
 from rectify.hub import current_fingerprint, load_language_model, model_place
@@ -74,7 +75,7 @@ def train_q_network(
     set_seed(arguments.seed)
     trunk, tokenizer = _load_trunk(model)
     use_fast_attention(trunk, arguments)
-    block_size = min(data.block_size, getattr(trunk.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    block_size = min(data.block_size, context_length(trunk.config) or data.block_size)
     how: dict[str, Any] = {"append_eos": data.append_eos, "ignore_prompt": data.ignore_prompt}
     train_set = TrajectoryDataset(train, tokenizer, block_size, **how)
     validation_set = TrajectoryDataset(validation, tokenizer, block_size, **how)

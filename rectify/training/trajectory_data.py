@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rectify.errors import TrajectoryError
+from rectify.errors import TrajectoryError, shown
+from rectify.json_files import parse_json
+from rectify.text_files import check_unicode
+from rectify.text_lines import TextFile
 
 
 @dataclass(frozen=True)
@@ -42,22 +44,17 @@ def read_trajectories(paths: Iterable[str | Path]) -> list[Trajectory]:
     """
     trajectories: list[Trajectory] = []
     for path in map(Path, paths):
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TrajectoryError(f"trajectories {str(path)!r} cannot be read ({error}): give JSON lines") from error
-        before = len(trajectories)
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                trajectories.append(_parse(line, f"{path}, line {number}"))
+        file, before = TextFile(path, "trajectories"), len(trajectories)
+        for number, line in file.texts():
+            trajectories.append(_parse(line, file.place(number)))
         if len(trajectories) == before:
-            raise TrajectoryError(f"trajectories {str(path)!r} holds no line: give a file of JSON lines")
+            raise file.refusal("holds no line: give a file of JSON lines")
     return trajectories
 
 
 def _parse(line: str, place: str) -> Trajectory:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise TrajectoryError(f"{place} is not JSON ({error})") from error
     if not isinstance(record, dict):
@@ -70,12 +67,13 @@ def _parse(line: str, place: str) -> Trajectory:
         raise TrajectoryError(
             f'{place} has the fields {", ".join(record)}: give "text", or "prompt" and "continuation", as strings'
         )
+    check_unicode(prompt + continuation, place)
     reward = record.get("reward")
     if isinstance(reward, list) and len(reward) == 1:
         reward = reward[0]
     if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not -1 <= reward <= 0:
         raise TrajectoryError(
-            f"{place} has the reward {reward!r}: give a number in [-1, 0], -1 for toxic, or a list of one"
+            f"{place} has the reward {shown(reward)}: give a number in [-1, 0], -1 for toxic, or a list of one"
         )
     return Trajectory(prompt, continuation, float(reward))
 
