@@ -59,7 +59,7 @@ def own_cache_of(trunk: nn.Module) -> OwnCache:
 
 def tried(trunk: nn.Module, what: str, trial: Callable[[nn.Module], _T]) -> _T:
     """What a trial says of a trunk, which is made once for each kind of attention; the trunk is not changed by it."""
-    inner = trunk.get_base_model() if hasattr(trunk, "get_base_model") else trunk
+    inner: nn.Module = cast(Any, trunk).get_base_model() if hasattr(trunk, "get_base_model") else trunk
     key = getattr(inner.config, "_attn_implementation", None), what
     with _lock:
         known = _known.setdefault(inner, {})
@@ -137,7 +137,8 @@ class _Probe:
 
     def __init__(self, trunk: nn.Module) -> None:
         self.trunk, self.positions = trunk, takes_positions(trunk)
-        config = cast(Any, trunk).config.get_text_config()
+        self.config: Any = cast(Any, trunk).config.get_text_config()
+        config = self.config
         self.rotation = rotation_of(config)
         bounds = [_LENGTH, context_length(config)]
         bounds += [self.rotation.limit] if self.rotation is not None else []

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,13 +115,14 @@ def input_device(model: nn.Module) -> torch.device:
 @contextmanager
 def weights_of(module: nn.Module) -> Iterator[Tensor]:
     """The weights of an embedding, which are fetched meanwhile if they are elsewhere while it rests."""
-    if not module.weight.is_meta:
-        yield module.weight
+    weight = cast(Tensor, module.weight)
+    if not weight.is_meta:
+        yield weight
         return
     from accelerate.utils import align_module_device  # whoever has put them elsewhere has it
 
     with align_module_device(module):
-        yield module.weight
+        yield cast(Tensor, module.weight)
 
 
 def _embedding(model: nn.Module) -> nn.Module | None:

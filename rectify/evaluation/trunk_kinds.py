@@ -233,6 +233,9 @@ def try_training(network: DeadEndQNetwork, trunk: PreTrainedModel) -> None:
 class Watched(RectificationProcessor):
     """Compares the states that are caught with those of the texts alone."""
 
+    network: DeadEndQNetwork
+    what: str
+
     def decide(self, input_ids: Tensor, scores: Tensor) -> Any:
         assert self._q is not None
         real = self._padding.real(input_ids)
