@@ -242,7 +242,7 @@ class Watched(RectificationProcessor):
         prefixes = input_ids.masked_fill(~real, MASKED)
         found = self._q.memo.last_hidden(prefixes)
         assert found is not None
-        compare(found, self.network.trunk, prefixes, self.what)
+        compare(found, cast(PreTrainedModel, self.network.trunk), prefixes, self.what)
         return super().decide(input_ids, scores)
 
 
