@@ -329,7 +329,8 @@ class RectificationProcessor(LogitsProcessor):
 
     def _warped(self, input_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Scores in float32 or better, with their bans `-inf`: at the temperature, and truncated as well."""
-        read = cast(FloatTensor, readable_scores(scores, self.sampling.temperature or 1.0))
+        temperature = (self.sampling.temperature or 1.0) if self._scaling else 1.0
+        read = cast(FloatTensor, readable_scores(scores, temperature))
         scaled = self._scaling(cast(LongTensor, input_ids), read)
         if len(scaled) and not bool(torch.isfinite(scaled.amax(-1)).all()):  # divided beyond what the dtype holds
             limit = torch.finfo(read.dtype).max / 4

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rectify.errors import InvalidArgumentError
 
-# Half of the least float16. What no model gives for a token that it scores, and what is written to forbid one
-# (-65504, -1e9, -1e30, the least number of a dtype) lies below.
-_BAN = -(2.0**15)
+# No model gives less to a token that it scores, and what is written to forbid one (-1e4, -65504, -1e9, the least
+# number of a dtype) lies below.
+_BAN = -(2.0**13)
 # A model's scores share a magnitude, however large that is; a ban does not.
 _FAR = 2.0**5
 # Over a wider range, float32 tells tokens far below the best too coarsely apart.
@@ -23,7 +23,7 @@ _ROUNDING = 1e-6
 def readable_scores(scores: Tensor, temperature: float = 1.0) -> Tensor:
     """The scores with every ban `-inf`, and every other entry a number.
 
-    A ban is `-inf`, NaN (a token that the model could not score), or a score of −32,768 or less that is also at least
+    A ban is `-inf`, NaN (a token that the model could not score), or a score of −8,192 or less that is also at least
     32 times as far from 0 as the row's highest: it stays a ban wherever the policy is normalised, widened, or answers
     a dead end. Where every score of a row is so low, their differences count, as in `softmax`. `+inf` becomes the
     largest number that can be reckoned with.

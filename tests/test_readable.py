@@ -17,7 +17,7 @@ from rectify.support import candidates_of, support_of
 
 RULES = [Tilt(), Tilt(beta=1.0, epsilon=0.1), Mask(threshold=0.5), Advantage(tau=0.1), Cap(epsilon=0.1)]
 NO_SURVIVAL = [math.nan, INF, 1e-3, 5.0]
-BANS = [-INF, math.nan, -65504.0, -1e9, -1e30, torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min]
+BANS = [-INF, math.nan, -1e4, -65504.0, -1e9, -1e30, torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=str)
 
 

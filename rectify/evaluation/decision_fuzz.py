@@ -28,7 +28,7 @@ CLOSE = 2e-5
 
 PATHS = ("rectify", "truncated", "support", "candidates", "processor")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_BANS = (-_INF, -65504.0, -1e9, -1e30, torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min, math.nan)
+_BANS = (-_INF, -1e5, -65504.0, -1e9, -1e30, torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min, math.nan)
 _ORDINARY = 100.0
 _EXACT = 1e6  # what the reference, which knows no float beyond float64, can tell apart to the last digits asked for
 
@@ -266,7 +266,7 @@ def _bans(scores: Tensor) -> Tensor:
     known = scores.nan_to_num(nan=-_INF, posinf=_INF, neginf=-_INF)
     best = float(known.max())
     size = 0.0 if best == _INF else abs(best)
-    return (known == -_INF) | ((known <= -(2.0**15)) & (known <= -32 * size))
+    return (known == -_INF) | ((known <= -(2.0**13)) & (known <= -32 * size))
 
 
 def _row_faults(case: Case, decided: Decided, row: int, found: Found) -> Iterator[str]:
