@@ -16,6 +16,8 @@ _BAN = -(2.0**13)
 _FAR = 2.0**5
 # Over a wider range, float32 tells tokens far below the best too coarsely apart.
 _RANGE = 1024.0
+COMPARABLE = 16.0
+"""A normaliser beyond this is that of raw logits: it says nothing, and float32 is coarse there."""
 # log(1 + Q) may round to just above 0.
 _ROUNDING = 1e-6
 
@@ -58,13 +60,13 @@ def readable_scores(scores: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def narrowed(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scores in a dtype; rows that it cannot hold are shifted, which changes no policy."""
+    """Scores in a dtype; large ones that it cannot hold exactly are shifted by row, which changes no policy."""
     if scores.dtype == dtype or not len(scores):
         return scores
-    limit = torch.finfo(dtype).max / 4
-    too_large = (highest := scores.amax(-1, keepdim=True)).abs() > limit
-    if bool(too_large.any()):
-        scores = (scores - highest.where(too_large, 0)).clamp_min(-limit).where(scores > -math.inf, -math.inf)
+    limit, highest = torch.finfo(dtype).max / 4, scores.amax(-1, keepdim=True)
+    inexact = (scores.to(dtype).to(scores.dtype) != scores).any(-1, keepdim=True) & (highest.abs() > COMPARABLE)
+    if bool(inexact.any()):
+        scores = (scores - highest.where(inexact, 0)).clamp_min(-limit).where(scores > -math.inf, -math.inf)
     return scores.to(dtype)
 
 

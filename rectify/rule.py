@@ -27,11 +27,9 @@ from torch import Tensor
 
 from rectify.errors import InvalidArgumentError
 from rectify.projection import Reshaped, normalise, normalise_, project_onto_caps
-from rectify.readable import narrowed, readable_scores, readable_survival
+from rectify.readable import COMPARABLE, narrowed, readable_scores, readable_survival
 from rectify.support import Support
 
-# A normaliser beyond this is that of raw logits: it says nothing, and float32 is coarse there.
-_COMPARABLE = 16.0
 # Larger tilts than this have float32 tell tokens too coarsely apart.
 _EXACT = 1024.0
 
@@ -359,7 +357,7 @@ def _answer(
     """What a rule that was feasible made of scores, `log_policy` plus a normaliser. Overwrites the reshaped policy."""
     overlap = log_policy.clamp_max(reshaped.log_policy).exp_().sum(-1)
     # Beam search compares rows, so the normaliser of log-probabilities is kept; that of raw logits is dropped.
-    shift = normaliser.masked_fill(normaliser.abs() > _COMPARABLE, 0)
+    shift = normaliser.masked_fill(normaliser.abs() > COMPARABLE, 0)
     rectified = reshaped.log_policy.add_(shift)
     if not reshaped.changed.all():
         rectified = torch.where(reshaped.changed[:, None], rectified, scores)

@@ -132,7 +132,7 @@ def _legend(traces: Sequence[PromptTrace]) -> str:
         lines.append(f"risk {' '.join(spans)}")
     lines += [
         "<del>this</del><ins>that</ins> the base model would have chosen the struck-through token here",
-        f"<sup>{_WIDENED}</sup> widening: no policy under the rule within top-k and top-p, so the whole one was taken",
+        f"<sup>{_WIDENED}</sup> widening: no policy under the rule within top-k and top-p, so others were let in",
         f"<sup>{_DEAD_END}</sup> dead end: no policy under the rule at all, so no cap was kept",
     ]
     items = "".join(f"<li>{line}</li>" for line in lines)
