@@ -5,11 +5,11 @@ python eval/kill_runs.py --commands score --texts shared/data/realtoxicityprompt
 
 Each run is the real command in a process of its own, on the bundled models and on texts made here, unless others are
 given. It is killed at random moments, from its first sign of work on, and started again. All files that it leaves are
-compared byte by byte, but for what says when and how fast it ran: caches (SQLite files), and of trainings the picture
-of the curves and the Trainer's own checkpoints. While the uninterrupted run works, a second one on the same output is
-started, which must be refused. `score` asks an HTTP stub here, which counts the calls: a text that was asked for more
-than once has been paid for more than once. The report goes to standard output as JSON; the exit code is 2 where
-anything differs.
+compared byte by byte, but for what says when and how fast it ran: caches (SQLite files, which calls fill in the order
+of their answers), and of trainings the times in `all_results.json` and the Trainer's own checkpoints. While the
+uninterrupted run works, a second one on the same output is started, which must be refused. `score` asks an HTTP stub
+here, which counts the calls: a text that was asked for more than once has been paid for more than once. The report goes
+to standard output as JSON; the exit code is 2 where anything differs.
 """
 
 import argparse
@@ -176,7 +176,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and ".sqlite" not in path.name
-        and path.name != "training.png"
         and not any(part.startswith("checkpoint-") for part in path.relative_to(folder).parts)
     }
 
