@@ -29,7 +29,7 @@ from pathlib import Path
 
 from rectify.command_line import Parser, execute, say
 from rectify.errors import RectifyError
-from rectify.run_lock import LOCK_IN_FOLDER, UNFINISHED_ENDING
+from rectify.run_lock import LOCK_ENDING, UNFINISHED_ENDING
 from rectify.scoring.stub import Fault, FaultKind, StubServer, StubService
 
 COMMAND = [sys.executable, "-c", "import sys; from rectify.cli import main; sys.exit(main())"]
@@ -124,7 +124,7 @@ class Runs:
         """Wait until a run shows the first sign of work beyond the lock of its output."""
         before = None
         while process.poll() is None:
-            held = [path for path in self.folder.rglob("*") if path.name == LOCK_IN_FOLDER or path.suffix == ".lock"]
+            held = [path for path in self.folder.rglob("*") if path.name.endswith(LOCK_ENDING)]
             if held and before is None:
                 before = self.progress()
             elif before is not None and self.progress() != before:
