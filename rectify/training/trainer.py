@@ -22,8 +22,8 @@ class AdapterTrainer(Trainer):
     frozen_but_saved: tuple[str, ...] = ()
     """Beginnings of the names of weights that training changes without a gradient."""
 
-    def __init__(self, *given: Any, callbacks: Sequence[TrainerCallback] | None = None, **named: Any) -> None:
-        super().__init__(*given, callbacks=[*(callbacks or ()), _WholeLog()], **named)
+    def __init__(self, *, callbacks: Sequence[TrainerCallback] | None = None, **named: Any) -> None:
+        super().__init__(callbacks=[*(callbacks or ()), _WholeLog()], **named)
 
     def train_to_end(self, checkpoint: str | None) -> dict[str, Any]:
         """Train, or go on from a checkpoint.
@@ -34,7 +34,7 @@ class AdapterTrainer(Trainer):
         """
         figures = dict(self.train(resume_from_checkpoint=checkpoint).metrics)
         history = self.state.log_history
-        total, step = 0.0, 0
+        total, step = 0.0, 0.0
         for entry in history:
             if "loss" in entry:  # the mean since the entry before
                 total, step = total + entry["loss"] * (entry["step"] - step), entry["step"]
