@@ -5,11 +5,11 @@ python eval/kill_runs.py --commands score --texts shared/data/realtoxicityprompt
 
 Each run is the real command in a process of its own, on the bundled models and on texts made here, unless others are
 given. It is killed at random moments, from its first sign of work on, and started again. All files that it leaves are
-compared byte by byte, but for what says when and how fast it ran: caches (SQLite files), and of trainings the picture
-of the curves and the Trainer's own checkpoints. While the uninterrupted run works, a second one on the same output is
-started, which must be refused. `score` asks an HTTP stub here, which counts the calls: a text that was asked for more
-than once has been paid for more than once. The report goes to standard output as JSON; the exit code is 2 where
-anything differs.
+compared byte by byte, but for what says when and how fast it ran: caches (SQLite files, which calls fill in the order
+of their answers), and of trainings the times in `all_results.json` and the Trainer's own checkpoints. While the
+uninterrupted run works, a second one on the same output is started, which must be refused. `score` asks an HTTP stub
+here, which counts the calls: a text that was asked for more than once has been paid for more than once. The report goes
+to standard output as JSON; the exit code is 2 where anything differs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pathlib import Path
 
 from rectify.command_line import Parser, execute, say
 from rectify.errors import RectifyError
-from rectify.run_lock import LOCK_IN_FOLDER, UNFINISHED_ENDING
+from rectify.run_lock import LOCK_ENDING, UNFINISHED_ENDING
 from rectify.scoring.stub import Fault, FaultKind, StubServer, StubService
 
 COMMAND = [sys.executable, "-c", "import sys; from rectify.cli import main; sys.exit(main())"]
@@ -124,7 +124,7 @@ class Runs:
         """Wait until a run shows the first sign of work beyond the lock of its output."""
         before = None
         while process.poll() is None:
-            held = [path for path in self.folder.rglob("*") if path.name == LOCK_IN_FOLDER or path.suffix == ".lock"]
+            held = [path for path in self.folder.rglob("*") if path.name.endswith(LOCK_ENDING)]
             if held and before is None:
                 before = self.progress()
             elif before is not None and self.progress() != before:
@@ -176,7 +176,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and ".sqlite" not in path.name
-        and path.name != "training.png"
         and not any(part.startswith("checkpoint-") for part in path.relative_to(folder).parts)
     }
 

@@ -25,7 +25,7 @@ _UNWRITABLE = {
     if hasattr(errno, name)
 }
 # how the writers of weights call the same
-_UNWRITTEN = ("I/O error", "PytorchStreamWriter", "iostream error", "No space left", "file write failed")
+_UNWRITTEN = ("I/O error", "PytorchStreamWriter", "iostream error", "No space left", "unexpected pos")
 
 
 class Parser(argparse.ArgumentParser):

@@ -27,7 +27,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
-LOCK_IN_FOLDER, LOCK_ENDING = ".rectify.lock", ".lock"
+LOCK_ENDING = ".rectify.lock"
 UNFINISHED_ENDING = ".rectify.tmp"
 """Of files that are not whole yet; what a killed run has left of them goes when its output is locked anew."""
 _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
@@ -127,12 +127,12 @@ def _place(output: Path, folder: bool) -> Path:
         if folder:
             if real.exists() and not real.is_dir():
                 raise OutputError(f"output {str(output)!r} cannot be made (a file is there): give another folder")
-            return real / LOCK_IN_FOLDER
+            return real / LOCK_ENDING
         if real.is_dir():
             raise OutputError(f"output {str(output)!r} is a folder: give a file")
         if real.exists() and not real.is_file():
             raise OutputError(f"output {str(output)!r} is a device or a pipe: give a file")
-        return real.with_name(real.name + LOCK_ENDING)
+        return real.with_name(f".{real.name}{LOCK_ENDING}")
     except OutputError:
         raise
     except OSError as error:
@@ -168,7 +168,7 @@ def _take(place: Path, output: Path, folder: bool) -> None:
 
 def _sweep(paths: Iterable[Path], place: Path, folder: bool) -> None:
     """Remove the unfinished files of killed runs on this output."""
-    output = place.name.removesuffix(LOCK_ENDING)
+    output = place.name.removesuffix(LOCK_ENDING)[1:]
     for path in paths:
         if path.name.endswith(UNFINISHED_ENDING) and (folder or path.name.startswith(f"{output}.")):
             with suppress(OSError):

@@ -238,6 +238,7 @@ def test_a_standard_output_that_takes_nothing_is_told_of(tmp_path, to):
         (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
         (MemoryError(), "memory is used up"),
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"), "weights cannot be written"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 534"), "weights cannot be"),
     ],
 )
 def test_what_no_command_foresaw_of_the_system_is_one_line_and_bugs_are_not(capsys, error, says):

@@ -13,7 +13,7 @@ from commands import run_command
 from rectify.cli import main
 from rectify.errors import OutputError
 from rectify.generation.output import GenerationFile
-from rectify.run_lock import LOCK_IN_FOLDER, RunLock
+from rectify.run_lock import LOCK_ENDING, RunLock
 
 
 @contextlib.contextmanager
@@ -114,7 +114,7 @@ def subprocess_take(output):
     """Take the lock file as another process would."""
     from rectify import run_lock
 
-    place = output.with_name(output.name + run_lock.LOCK_ENDING)
+    place = output.with_name(f".{output.name}{run_lock.LOCK_ENDING}")
     os.close(run_lock._opened(place, output))
     place.unlink()
 
@@ -198,6 +198,6 @@ def test_the_first_of_the_processes_of_one_run_holds_the_output_for_all(capsys, 
         assert run_command(main, capsys, "import", "x", tmp_path / "folder")[2].count("another run") == 1
         monkeypatch.setenv("RANK", "1")
         assert "another run" not in run_command(main, capsys, "import", "x", tmp_path / "folder")[2]
-        assert (tmp_path / "folder" / LOCK_IN_FOLDER).exists()
+        assert (tmp_path / "folder" / LOCK_ENDING).exists()
     assert run_command(main, capsys, *words)[0] == 0
     assert len(json.loads((tmp_path / "out.jsonl").read_text())["scores"]) == 1

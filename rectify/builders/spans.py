@@ -33,12 +33,14 @@ class SpanCounts:
         toxic: those with a span.
         spans: of all texts.
         unscored: segments without a score.
+        passing: texts of this run with a segment that may get a score another time.
     """
 
     texts: int = 0
     toxic: int = 0
     spans: int = 0
     unscored: int = 0
+    passing: int = 0
 
     def __str__(self) -> str:
         found = f"texts: {self.texts}, {self.toxic} with {self.spans} toxic spans"
@@ -81,14 +83,17 @@ def label_spans(
         "texts": sha256_of(list(texts)),
     }
     file = GenerationFile(output, settings)
+    missed: list[str] = []
     file.complete(
         list(texts),
         _TEXTS,
-        lambda some, _: _records(some, scorer, _units(some, tokenizer)),
+        lambda some, _: _records(some, scorer, _units(some, tokenizer), missed),
         lambda record, text: record["text"] == text and record.keys() >= {"spans", "unscored"},
         "spans",
     )
-    return _counted(file.path)
+    counts = _counted(file.path)
+    counts.passing = len(missed)
+    return counts
 
 
 def toxic_units(scores: np.ndarray) -> np.ndarray:
@@ -122,13 +127,23 @@ def _units(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> l
     return [row[row[:, 0] < row[:, 1]] for row in offsets]
 
 
-def _records(texts: Sequence[str], scorer: Scorer, units: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+def _records(
+    texts: Sequence[str], scorer: Scorer, units: Sequence[np.ndarray], missed: list[str]
+) -> list[dict[str, Any]]:
+    """The records of texts; those that may get another one another time are added to `missed`."""
     segments = [
         [text[start:end] for start, end in zip([*row[:1, 0], *row[:, 0]], [*row[:, 1], *row[-1:, 1]], strict=True)]
         for text, row in zip(texts, units, strict=True)
     ]
     distinct = list(dict.fromkeys(segment for row in segments for segment in row))
-    values = dict(zip(distinct, scorer.score(distinct)["TOXICITY"] if distinct else (), strict=True))
+    found = scorer.score(distinct)
+    values = dict(zip(distinct, found["TOXICITY"], strict=True))
+    passing = {
+        segment
+        for segment, reason in zip(distinct, found.reasons, strict=True)
+        if reason is not None and reason.passing
+    }
+    missed += [text for text, row in zip(texts, segments, strict=True) if passing.intersection(row)]
     records = []
     for text, offsets, row in zip(texts, units, segments, strict=True):
         scores = np.array([values[segment] for segment in row])

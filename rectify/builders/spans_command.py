@@ -8,7 +8,7 @@ from typing import Any
 
 from rectify.builders.selection import sample_items
 from rectify.builders.spans import label_spans
-from rectify.command_line import say
+from rectify.command_line import UNFINISHED, say
 from rectify.hub import model_place
 from rectify.pretrained import read_tokenizer, refusing_unusable
 from rectify.scoring.cache import CachedScorer, ScoreCache
@@ -42,8 +42,8 @@ def add_parser(kinds: Any) -> None:
     parser.add_argument("--output", required=True, metavar="FILE.jsonl", help="resumed on restart")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Run the command.
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command. Returns the exit code.
 
     Raises:
         RectifyError: something that was given cannot be used.
@@ -57,7 +57,11 @@ def run(arguments: argparse.Namespace) -> None:
         check_attributes(scorer, ["TOXICITY"])
         if is_streaming(scorer):  # its calls cost
             scorer = CachedScorer(scorer, stack.enter_context(ScoreCache(f"{arguments.output}.cache.sqlite")))
-        say(str(label_spans(texts, scorer, arguments.output, tokenizer, arguments.tokenizer)))
+        counts = label_spans(texts, scorer, arguments.output, tokenizer, arguments.tokenizer)
+        say(str(counts))
+        if counts.passing:
+            say(f"texts whose segments may get a score another time: {counts.passing}; give a new output then")
+    return UNFINISHED if counts.passing else 0
 
 
 def _tokenizer(name: str) -> Any:

@@ -122,7 +122,7 @@ def train_chains(
         compute_metrics=nats_a_token,
         callbacks=[_Steps(), *callbacks],
     )
-    results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    results = trainer.train_to_end(checkpoint)
     results |= trainer.predict(cast(Any, held), metric_key_prefix="eval").metrics or {}
     with model.disable_adapter():
         before = trainer.predict(cast(Any, held), metric_key_prefix="base").metrics or {}

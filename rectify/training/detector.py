@@ -161,7 +161,7 @@ def train_detector(
         compute_metrics=partial(_compute_metrics, labels),
         callbacks=list(callbacks),
     )
-    results: dict[str, Any] = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    results: dict[str, Any] = trainer.train_to_end(checkpoint)
     predicted = trainer.predict(cast(Any, held), metric_key_prefix="eval")
     results |= predicted.metrics or {}
     logits = torch.as_tensor(np.asarray(predicted.predictions))

@@ -186,7 +186,7 @@ def train_gate(
         data_collator=collate,
         callbacks=[*callbacks, *stopping],
     )
-    results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    results = trainer.train_to_end(checkpoint)
     gate.requires_grad_(False).eval()
     detector, figures = _calibrated(
         GatedDetector(gating, gate, blend),

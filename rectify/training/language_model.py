@@ -107,7 +107,7 @@ def fit(
         compute_metrics=nats_a_token,
         callbacks=list(callbacks),
     )
-    results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    results = trainer.train_to_end(checkpoint)
     results |= trainer.predict(cast(Any, held), metric_key_prefix="eval").metrics or {}
     return trainer, results
 

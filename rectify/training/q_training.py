@@ -107,7 +107,7 @@ def train_q_network(
         compute_metrics=cast(Any, compute_metrics),
         callbacks=[PolyakCallback(loss.polyak_update_lr)],
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train_to_end(checkpoint)
     figures: dict[str, Any] = {"train_trajectories": len(train_set), "truncated": train_set.truncated}
     figures |= {"steps": trainer.state.global_step, "eval_loss": trainer.evaluate()["eval_loss"]}
     if trainer.is_fsdp_enabled:  # the shards of all processes make one network

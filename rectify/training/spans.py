@@ -105,7 +105,7 @@ def train_spans(
         compute_metrics=held.figures,
         callbacks=list(callbacks),
     )
-    results = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    results = trainer.train_to_end(checkpoint)
     results |= trainer.evaluate()
     detector.config.threshold = results["eval_threshold"]
     detector.config.training = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from rectify.errors import RectifyError
 from rectify.training.length_groups import LengthGroups
@@ -20,6 +21,28 @@ class AdapterTrainer(Trainer):
 
     frozen_but_saved: tuple[str, ...] = ()
     """Beginnings of the names of weights that training changes without a gradient."""
+
+    def __init__(self, *, callbacks: Sequence[TrainerCallback] | None = None, **named: Any) -> None:
+        super().__init__(callbacks=[*(callbacks or ()), _WholeLog()], **named)
+
+    def train_to_end(self, checkpoint: str | None) -> dict[str, Any]:
+        """Train, or go on from a checkpoint.
+
+        Returns:
+            The figures. But for times they, and `state.log_history`, are those of a training without interruption:
+            `train_loss` is the mean over all steps, also over those before.
+        """
+        figures = dict(self.train(resume_from_checkpoint=checkpoint).metrics)
+        history = self.state.log_history
+        total, step = 0.0, 0.0
+        for entry in history:
+            if "loss" in entry:  # the mean since the entry before
+                total, step = total + entry["loss"] * (entry["step"] - step), entry["step"]
+        for each in (figures, *history) if step else ():
+            if "train_loss" in each:
+                each["train_loss"] = total / step
+        self.state.log_history = [dict(sorted(entry.items())) for entry in history]  # as a checkpoint has it
+        return figures
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -49,6 +72,15 @@ class AdapterTrainer(Trainer):
         lengths = [len(item["input_ids"]) for item in cast(Any, self.train_dataset).items]
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return LengthGroups(lengths, self.args.train_batch_size, seed)
+
+
+class _WholeLog(TrainerCallback):
+    """Logs at each checkpoint and at the end: what was summed up since the last entry is in no checkpoint."""
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        control.should_log |= control.should_save or control.should_training_stop
+
+    on_epoch_end = on_step_end
 
 
 class ModelTraining(nn.Module):
