@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.adapters import load_adapter
 from rectify.errors import VocabularyMismatchError
-from rectify.hub import check_weights, current_fingerprint, load_language_model
+from rectify.hub import current_fingerprint, load_language_model
 from rectify.json_files import check_format_version, write_json
 from rectify.pretrained import refusing
 from rectify.saved_config import read_config
 from rectify.saved_weights import check_finite
 from rectify.vocabulary import Fingerprint
+from rectify.weights_digest import check_base
 
 FORMAT_VERSION = 1
 
@@ -29,7 +30,7 @@ class AdapterConfig:
         base_model: Hub id, folder or bundled name of the frozen language model.
         base_revision: revision of `base_model` on the Hub.
         vocabulary: fingerprint of its tokenizer.
-        base_fingerprint: of its weights, see `hub.weights_fingerprint`; `None` to take any.
+        base_fingerprint: digest of its weights, see `weights_digest`; `None` to take any.
         training: free-form record of how the weights came to be.
         format_version: of the folder's files.
     """
@@ -106,9 +107,10 @@ def load_adapted(
     """
     with refusing(folder):
         base, tokenizer = load_language_model(config.base_model, dtype, revision=config.base_revision)
-        if config.base_fingerprint is not None:  # else nothing asks for it
-            now = current_fingerprint(config.base_model, config.base_revision)
-            check_weights(config.base_model, config.base_fingerprint, now)
+        place = config.base_model, config.base_revision
+        check_base(
+            base.base_model, config.base_fingerprint, place[0], repr(str(folder)), lambda: current_fingerprint(*place)
+        )
         model = load_adapter(base, folder)
         whole = model.get_base_model() if torch.finfo(dtype).bits < 32 else model.merge_and_unload()
         check_finite(cast(PreTrainedModel, whole), "the adapted model")

@@ -33,7 +33,7 @@ from rectify.strength import Strength
 from rectify.trunk_probe import abilities_of
 from rectify.trunk_states import Abilities, hidden_states, input_device, takes_positions, text_states, weights_of
 from rectify.vocabulary import Fingerprint
-from rectify.weights_digest import check_digest, warn_unrecorded, weights_digest
+from rectify.weights_digest import check_base, weights_digest
 
 CONFIG_FILE, HEAD_FILE = "q_config.json", "head.safetensors"
 TRUNK_FOLDER, ADAPTER_FOLDER = "trunk", "adapter"
@@ -232,7 +232,7 @@ class DeadEndQNetwork(nn.Module):
                 base = model_place(config.base_model, config.base_revision)
                 trunk, _ = read_model(AutoModel, base, config.base_revision, dtype=dtype)
                 body = causal_body(trunk)
-                check_base(body, config, f"Q network {str(name)!r}")
+                check_base(body, config.base_fingerprint, config.base_model, f"Q network {str(name)!r}")
                 trunk = load_any_adapter(body, folder / ADAPTER_FOLDER, is_trainable)
                 if not is_trainable:
                     fold_in(trunk)
@@ -325,28 +325,11 @@ def _shared_trunk(
         place = model_place(config.base_model, config.base_revision)
         trunk, _ = read_model(AutoModel, place, config.base_revision, dtype=dtype)
         trunk = causal_body(trunk.to(device).eval())  # type: ignore[arg-type]
-    check_base(trunk, config, what)
-    return trunk
-
-
-def check_base(trunk: PreTrainedModel, config: QConfig, what: str) -> None:
-    """Refuse another trunk than the one of the training; where none is recorded, say so in one line.
-
-    Args:
-        trunk: without the network's own adapter.
-        config: of the network.
-        what: a message calls it.
-
-    Raises:
-        CheckpointError: it is another.
-    """
     name = config.base_model or "its model"
-    if config.base_fingerprint is not None:
-        check_digest(trunk, config.base_fingerprint, name)
-    else:
-        if config.signature is not None:
-            _check_signature(trunk, config.signature, name)
-        warn_unrecorded(what, name)
+    if config.base_fingerprint is None and config.signature is not None:
+        _check_signature(trunk, config.signature, name)
+    check_base(trunk, config.base_fingerprint, name, what)
+    return trunk
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import binascii
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from rectify.effective_weights import Weight, effective_weights
 from rectify.errors import CheckpointError
+from rectify.hub import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +100,42 @@ def weights_digest(body: nn.Module) -> str | None:
     return None if (sketch.kinds == _UNREAD).all() else str(sketch)
 
 
-def is_digest(fingerprint: str) -> bool:
-    """Whether a fingerprint is a digest of weights, and not of files or a commit, which older folders hold."""
-    return fingerprint.startswith(f"{_MARK}:")
+def check_base(
+    body: nn.Module, recorded: str | None, name: str, what: str, of_files: Callable[[], str | None] = lambda: None
+) -> None:
+    """Refuse other weights than those that something was trained on; where none are recorded, say so in one line.
+
+    Args:
+        body: see `weights_digest`.
+        recorded: the `base_fingerprint` of a configuration: a digest; in older folders `hub.weights_fingerprint`.
+        name: of the model.
+        what: was trained, such as a folder; a message calls it so.
+        of_files: gives the `hub.weights_fingerprint` of the model, for older folders.
+
+    Raises:
+        CheckpointError: they are others.
+    """
+    if recorded is None:
+        logger.warning(
+            "%s: it records no digest of the weights of %r that it was trained on, so any are taken; "
+            "`python -m rectify.record_base` records those that are there",
+            what,
+            name,
+        )
+    elif recorded.startswith(f"{_MARK}:"):
+        check_digest(body, recorded, name)
+    else:
+        check_weights(name, recorded, of_files())
+
+
+def comparable(*fingerprints: str | None) -> bool:
+    """Whether equal weights make such fingerprints equal: they are known, and all digests or none."""
+    return None not in fingerprints and len({str(each).startswith(f"{_MARK}:") for each in fingerprints}) == 1
+
+
+def short(fingerprint: str) -> str:
+    """A fingerprint as messages show it."""
+    return hashlib.sha256(fingerprint.encode()).hexdigest()[:12] if ":" in fingerprint else fingerprint
 
 
 def check_digest(body: nn.Module, recorded: str, name: str) -> None:
@@ -143,20 +177,6 @@ def check_digest(body: nn.Module, recorded: str, name: str) -> None:
             unread,
             len(before.ids),
         )
-
-
-def warn_unrecorded(what: str, name: str | None) -> None:
-    """Log one line: nothing is recorded of the weights that something was trained on.
-
-    Args:
-        what: was trained, such as a folder.
-        name: of the model.
-    """
-    logger.warning(
-        "%s: it records no digest of the weights of %r that it was trained on, so any are taken: train or save it anew",
-        what,
-        name,
-    )
 
 
 def _others(name: str, reason: str) -> CheckpointError:

@@ -22,6 +22,7 @@ from rectify.hub import checkpoint_folder
 from rectify.pretrained import refusing
 from rectify.quiet_peft import LoraLayer, ModulesToSaveWrapper, PeftModel
 from rectify.saved_weights import check_finite
+from rectify.weights_digest import comparable, short
 
 
 class AdapterBlend(nn.Module):
@@ -80,7 +81,7 @@ class AdapterBlend(nn.Module):
         config = _common_config({name: config for name, (config, _, _) in read.items()})
         model: Any
         with refusing(folders[next(iter(adapters))]):
-            model, tokenizer, fresh = load_base(config, dtype)
+            model, tokenizer, fresh = load_base(config, dtype, [each.base_fingerprint for each, _, _ in read.values()])
         for number, (name, (_, adapter, weights)) in enumerate(read.items()):
             if adapter.use_dora or adapter.lora_bias or adapter.bias != "none":
                 raise InvalidArgumentError(
@@ -182,7 +183,7 @@ def _common_config(configs: Mapping[str, DetectorConfig]) -> DetectorConfig:
     (first, common), *others = configs.items()
     for name, config in others:
         # weights that are known are the same wherever they lie; the backbone's place counts where they are not
-        known = None not in (common.base_fingerprint, config.base_fingerprint)
+        known = comparable(common.base_fingerprint, config.base_fingerprint)
         passed_over = {
             "calibration",
             "training",
@@ -191,6 +192,8 @@ def _common_config(configs: Mapping[str, DetectorConfig]) -> DetectorConfig:
         for field in (field.name for field in fields(common) if field.name not in passed_over):
             wanted, found = getattr(common, field), getattr(config, field)
             if wanted != found:
+                if field == "base_fingerprint":
+                    wanted, found = (each and short(each) for each in (wanted, found))
                 bases = f" ({config.base_model!r}, {common.base_model!r})" if field == "base_fingerprint" else ""
                 raise InvalidArgumentError(
                     f"adapter {name!r} has {field} {found!r}, adapter {first!r} has {wanted!r}{bases}: give adapters "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from rectify.extras import need_extra
 from rectify.hub import model_place, weights_fingerprint
 from rectify.pretrained import GIVEN, read_model, read_model_config, read_tokenizer, refusing_unusable
 from rectify.quiet import quiet_loading
+from rectify.weights_digest import weights_digest
 
 Quantization = Literal["none", "nf4"]
 
@@ -30,13 +32,33 @@ class Backbone(NamedTuple):
         model: a sequence classifier of transformers with a new head.
         tokenizer: its tokenizer.
         fresh: the modules whose weights no checkpoint holds, the head first.
-        fingerprint: see `hub.weights_fingerprint`.
+        place: see `hub.model_place`.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fresh: list[str]
-    fingerprint: str | None
+    place: str | Path
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The `weights_digest` of the body; of one in 4 bits, which tells less, `hub.weights_fingerprint`."""
+        whole = None if self.is_quantized else weights_digest(self.body)
+        return whole or self.of_files()
+
+    @property
+    def body(self) -> PreTrainedModel:
+        """The model without its head."""
+        return cast(PreTrainedModel, self.model.base_model)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its layers are in 4 bits."""
+        return getattr(self.model.config, "quantization_config", None) is not None
+
+    def of_files(self) -> str | None:
+        """Its `hub.weights_fingerprint`."""
+        return weights_fingerprint(self.place, self.model.config)
 
 
 def load_backbone(
@@ -92,7 +114,7 @@ def load_backbone(
     _leave_unpacked(model)
     body = f"{model.base_model_prefix}."
     lacking = {key.rpartition(".")[0] for key in new if key.startswith(body)}
-    return Backbone(model, tokenizer, _head(model) + sorted(lacking), weights_fingerprint(place, config))
+    return Backbone(model, tokenizer, _head(model) + sorted(lacking), place)
 
 
 def _head(model: PreTrainedModel) -> list[str]:

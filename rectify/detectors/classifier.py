@@ -19,11 +19,12 @@ from rectify.context import longest_input
 from rectify.detectors.backbone import Quantization, load_backbone
 from rectify.detectors.config import DetectorConfig, Form
 from rectify.errors import CheckpointError, InvalidArgumentError
-from rectify.hub import check_weights, checkpoint_folder
+from rectify.hub import checkpoint_folder
 from rectify.pretrained import refusing
 from rectify.quiet_peft import LoraConfig, ModulesToSaveWrapper, PeftModel, TaskType
 from rectify.saved_config import read_config
 from rectify.saved_weights import check_finite
+from rectify.weights_digest import check_base
 
 __all__ = ["ADAPTER_FILE", "WEIGHTS_FILE", "ToxicityClassifier"]
 
@@ -113,9 +114,9 @@ class ToxicityClassifier(nn.Module):
         )
         if lora_r == 0 and quantization != "none":
             raise InvalidArgumentError(f"lora_r is 0 with quantization {quantization!r}: give a rank, or none")
-        inner, tokenizer, fresh, config.base_fingerprint = load_backbone(
-            name, revision, len(config.labels), quantization=quantization
-        )
+        backbone = load_backbone(name, revision, len(config.labels), quantization=quantization)
+        inner, tokenizer, fresh, _ = backbone
+        config.base_fingerprint = backbone.fingerprint
         config.base_revision = getattr(inner.config, "_commit_hash", None) or revision
         cls._complete(inner, tokenizer)
         if lora_r == 0 and not cls.needs_adapter:
@@ -391,17 +392,23 @@ def read_classifier(
     return kind.read_config(folder), *read_adapter(folder)
 
 
-def load_base(config: DetectorConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+def load_base(
+    config: DetectorConfig, dtype: torch.dtype, fingerprints: Sequence[str | None] = ()
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """The backbone of a classifier with a new head, its tokenizer, and the modules that the adapter is to bring.
+
+    Args:
+        config: of the classifier.
+        dtype: of the weights that are not quantised.
+        fingerprints: of the backbone, by further classifiers on it.
 
     Raises:
         CheckpointError: nothing usable is there, or its weights are not those that the classifier was trained on.
     """
-    inner, tokenizer, fresh, fingerprint = load_backbone(
-        config.base_model, config.base_revision, len(config.labels), dtype, config.quantization
-    )
-    check_weights(config.base_model, config.base_fingerprint, fingerprint)
-    return inner, tokenizer, fresh
+    backbone = load_backbone(config.base_model, config.base_revision, len(config.labels), dtype, config.quantization)
+    for recorded in dict.fromkeys([config.base_fingerprint, *fingerprints]):
+        check_base(backbone.body, recorded, config.base_model, "a classifier", backbone.of_files)
+    return backbone.model, backbone.tokenizer, backbone.fresh
 
 
 def check_own(model: PeftModel, fresh: Sequence[str]) -> None:

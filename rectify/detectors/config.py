@@ -31,7 +31,7 @@ class DetectorConfig:
         form: `"sequence"`, trained to tell the label of a text from all of it, or `"prefix"`, trained to foretell the
             label of the finished text at each of its tokens; the second needs a causal backbone.
         quantization: `"nf4"` where the adapter was trained on a backbone of 4 bits; it is loaded on one again.
-        base_fingerprint: what `base_model` is known again by, see `backbone.Backbone`; `None` to take any.
+        base_fingerprint: what `base_model` is known again by, see `Backbone.fingerprint`; `None` to take any.
         calibration: for a label, the temperature that its logit is divided by, or the knots
             `[probabilities, calibrated ones]` of a piecewise linear map; `probabilities` applies them.
         training: free-form record of how the weights came to be.

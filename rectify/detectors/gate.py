@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rectify.errors import InvalidArgumentError
-from rectify.hub import check_weights, checkpoint_folder
+from rectify.hub import checkpoint_folder
 from rectify.json_files import check_format_version, write_json
 from rectify.pretrained import refusing
 from rectify.saved_config import read_config
 from rectify.saved_weights import read_weights, shapes_of
 from rectify.sentence_encoder import SentenceEncoder
+from rectify.weights_digest import check_base
 
 CONFIG_FILE, WEIGHTS_FILE = "gate_config.json", "gate.safetensors"
 FORMAT_VERSION = 1
@@ -98,7 +99,9 @@ class AdapterGate(nn.Module):
             encoder = SentenceEncoder.from_pretrained(
                 config.encoder, revision=config.encoder_revision, max_length=config.max_length
             )
-            check_weights(config.encoder, config.encoder_fingerprint, encoder.fingerprint)
+            check_base(
+                encoder.model, config.encoder_fingerprint, config.encoder, repr(str(name)), lambda: encoder.fingerprint
+            )
             gate = cls(config, encoder)
             gate.network.load_state_dict(weights)
         return gate.requires_grad_(False).to(device=device).eval()

@@ -46,7 +46,7 @@ class InstructionConfig:
         max_length: tokens of a text that are read, from its start.
         chat: whether the question is put as the user's message of the tokenizer's chat template.
         temperature: that the labels' log-probabilities are divided by.
-        base_fingerprint: of the weights of `base_model`, see `hub.weights_fingerprint`; `None` to take any.
+        base_fingerprint: digest of the weights of `base_model`, see `weights_digest`; `None` to take any.
         training: free-form record of how the weights came to be.
         format_version: of the folder's files.
     """

@@ -20,12 +20,13 @@ from rectify.detectors.classifier import batches_by_length
 from rectify.detectors.span_decoding import EncodedTexts, Span, encode_windows, spans_of, word_scores
 from rectify.detectors.span_heads import HEADS, SegmentHead, TokenHead
 from rectify.errors import CheckpointError, InvalidArgumentError
-from rectify.hub import check_weights, checkpoint_folder, model_place, weights_fingerprint
+from rectify.hub import checkpoint_folder, current_fingerprint, model_place
 from rectify.json_files import check_format_version
 from rectify.pretrained import check_vocabulary, read_model, read_tokenizer, refusing, refusing_unusable
 from rectify.quiet_peft import PeftModel, TaskType
 from rectify.saved_config import read_config
 from rectify.saved_weights import check_finite, fill
+from rectify.weights_digest import check_base, weights_digest
 
 __all__ = ["Span", "SpanConfig", "SpanDetector"]
 
@@ -40,8 +41,8 @@ class SpanConfig:
     Attributes:
         base_model: Hub id, folder or bundled name of the trunk, whose tokenizer is used.
         base_revision: revision of `base_model` on the Hub.
-        base_fingerprint: of the weights of `base_model`, where an adapter of them was trained; see
-            `hub.weights_fingerprint`. `None` to take any.
+        base_fingerprint: digest of the weights of `base_model`, where an adapter of them was trained, see
+            `weights_digest`; `None` to take any.
         head: `"token"`, plain token classification, or `"segment"`, Segment-CNN.
         adapter: only an adapter was trained, and the trunk is still at `base_model`; else it is saved with the head.
         max_length: tokens of a window, special ones included.
@@ -145,7 +146,7 @@ class SpanDetector(nn.Module):
         place = model_place(name, revision)
         trunk, tokenizer = _load_trunk(place, revision, torch.float32, name)
         if lora_r:
-            config.base_fingerprint = weights_fingerprint(place, trunk.config)
+            config.base_fingerprint = weights_digest(trunk)
             trunk = add_adapter(
                 trunk,
                 name,
@@ -184,8 +185,8 @@ class SpanDetector(nn.Module):
             if config.adapter:
                 place = model_place(config.base_model, config.base_revision)
                 trunk, tokenizer = _load_trunk(place, config.base_revision, dtype, config.base_model)
-                if config.base_fingerprint is not None:  # else nothing asks for it
-                    check_weights(config.base_model, config.base_fingerprint, weights_fingerprint(place, trunk.config))
+                at = config.base_model, config.base_revision
+                check_base(trunk, config.base_fingerprint, at[0], repr(str(name)), lambda: current_fingerprint(*at))
                 trunk = load_adapter(trunk, folder)
                 trunk.merge_adapter()
                 check_finite(trunk, "the adapted trunk")

@@ -98,7 +98,6 @@ def train_reward_model(
     )
     logger.info("reward model: %s", classifier.config.training["validation"])
     classifier.config.base_model = "pocket"
-    classifier.config.base_fingerprint = None  # the bundled weights are those of the folder in bfloat16
     classifier.to(torch.bfloat16).save_pretrained(output)
 
 

@@ -33,6 +33,7 @@ from rectify.training.language_model import AdapterSettings, check_length, nats_
 from rectify.training.running import RESULTS_FILE, checkpoint_to_resume
 from rectify.training.trainer import AdapterTrainer, ModelTraining, run_record, use_fast_attention
 from rectify.vocabulary import Fingerprint
+from rectify.weights_digest import weights_digest
 
 
 @dataclass
@@ -104,6 +105,7 @@ def train_chains(
         examples_sha256=sha256_of([to_json(example) for example in [*train, *validation]]),
     )
     base, tokenizer = load_language_model(name, revision=revision)
+    digest = weights_digest(base.base_model)
     check_length(base, settings.max_length)
     length, most = settings.max_length, settings.sample_tokens
     data = EncodedChains(tokenizer, train, length, most, "train_file")
@@ -126,7 +128,7 @@ def train_chains(
     results |= trainer.predict(cast(Any, held), metric_key_prefix="eval").metrics or {}
     with model.disable_adapter():
         before = trainer.predict(cast(Any, held), metric_key_prefix="base").metrics or {}
-    config = DetoxifierConfig(name, Fingerprint.of(tokenizer), revision, fingerprint)
+    config = DetoxifierConfig(name, Fingerprint.of(tokenizer), revision, digest)
     config.training = {
         "chains": len(data),
         "toxic": sum(item["toxic"] for item in data.items),

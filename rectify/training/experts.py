@@ -27,6 +27,7 @@ from rectify.training.language_model import AdapterSettings, check_length, fit, 
 from rectify.training.running import RESULTS_FILE, check_same, checkpoint_to_resume, folder_of_several
 from rectify.training.trainer import run_record
 from rectify.vocabulary import Fingerprint
+from rectify.weights_digest import weights_digest
 
 TOXIC = 0.5
 """Texts labelled this or more train the anti-expert, all others the expert."""
@@ -69,7 +70,7 @@ def train_experts(
         CheckpointError: nothing usable is at `model_name_or_path`.
     """
     folder = folder_of_several(arguments, CONFIG_FILE)
-    _, tokenizer = _load(settings)
+    base, tokenizer = _load(settings)
     parts: dict[str, dict[str, EncodedTexts]] = {EXPERT: {}, ANTI_EXPERT: {}}
     for kind, rows in (("train", train), ("validation", validation)):
         for side, word in ((EXPERT, "non-toxic"), (ANTI_EXPERT, "toxic")):
@@ -77,10 +78,11 @@ def train_experts(
             # all of it before a training: what is missing is to be missed now
             parts[side][kind] = EncodedTexts(tokenizer, texts, settings.max_length, f"{kind} has no {word} text")
     name, revision = settings.model_name_or_path, settings.model_revision
-    config = ExpertsConfig(name, Fingerprint.of(tokenizer), revision, current_fingerprint(name, revision))
+    fingerprint = current_fingerprint(name, revision)
+    config = ExpertsConfig(name, Fingerprint.of(tokenizer), revision, weights_digest(base.base_model))
     for side, data in parts.items():
         config.training[side] = _train_one(
-            settings, config.base_fingerprint, arguments, side, data["train"], data["validation"], callbacks
+            settings, fingerprint, arguments, side, data["train"], data["validation"], callbacks
         )
     if arguments.should_save:
         config.save_pretrained(folder)

@@ -30,6 +30,7 @@ from rectify.training.detector_figures import scikit_learn, validation_figures
 from rectify.training.resumable_array import ResumableArray
 from rectify.training.running import RESULTS_FILE, checkpoint_to_resume
 from rectify.training.trainer import AdapterTrainer, run_record
+from rectify.weights_digest import weights_digest
 
 _CHUNK = 2048  # texts that are embedded, or judged by the adapters, between two notes of how far it is
 
@@ -175,7 +176,7 @@ def train_gate(
         settings.hidden_size,
         settings.encoder_max_length,
         settings.encoder_revision,
-        encoder.fingerprint,
+        weights_digest(encoder.model) or encoder.fingerprint,
     )
     gate = AdapterGate(config, encoder).to(arguments.device)
     trainer = AdapterTrainer(

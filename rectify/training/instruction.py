@@ -29,6 +29,7 @@ from rectify.training.language_model import LEFT_OUT, AdapterSettings, fit, with
 from rectify.training.running import RESULTS_FILE, check_same, checkpoint_to_resume, folder_of_several
 from rectify.training.score_calibration import calibration_temperature
 from rectify.training.trainer import run_record
+from rectify.weights_digest import weights_digest
 
 RATIONALES, CONTROL = "rationales", "control"
 """Folders of the first stage, and of the labels alone."""
@@ -143,7 +144,6 @@ class _Stage:
         checkpoint = checkpoint_to_resume(arguments, RESULTS_FILE, **given)
         set_seed(arguments.seed)
         model, detector = self._model(start)
-        detector.config.base_fingerprint = given["base_fingerprint"]
         data = EncodedRows(detector, rows, "train")
         held = EncodedRows(detector, self.validation, "validation", detector.room)
         trainer, results = fit(model, arguments, data, held, checkpoint, self.callbacks)
@@ -168,8 +168,10 @@ class _Stage:
         settings = self.settings
         name, revision = settings.model_name_or_path, settings.model_revision
         base, tokenizer = load_language_model(name, revision=revision)
+        fingerprint = weights_digest(base.base_model)
         model = with_adapter(base, settings) if start is None else load_adapter(base, start, trainable=True)
         config = InstructionConfig(name, self.template, revision, settings.max_length, settings.chat)
+        config.base_fingerprint = fingerprint
         # the model inside, as peft's own does not say that it takes positions
         return model, InstructionDetector(config, cast(PreTrainedModel, model.get_base_model()), tokenizer)
 
