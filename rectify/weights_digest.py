@@ -181,8 +181,8 @@ def check_digest(body: nn.Module, recorded: str, name: str) -> None:
 
 def _others(name: str, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"it was trained on other weights of {name!r} than those given ({reason}): give the former, or train anew; in "
-        "the configuration, null for base_fingerprint takes any"
+        f"it was trained on other weights of {name!r} than those given ({reason}): put the former back, or train anew; "
+        "in the configuration, null for base_fingerprint takes any"
     )
 
 

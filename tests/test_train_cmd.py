@@ -324,7 +324,7 @@ def test_other_weights_under_the_adapter_are_refused(trained, base, make_model, 
     path.write_text(json.dumps(config))
     load_detoxifier(tmp_path / "d", tokenizer)
     make_model("llama", seed=9, vocab_size=8192, pad_token_id=0).save_pretrained(tmp_path / "base")
-    with pytest.raises(CheckpointError, match=r"was trained on weights .* put the former back"):
+    with pytest.raises(CheckpointError, match=r"was trained on other weights .* put the former back"):
         load_detoxifier(tmp_path / "d", tokenizer)
     path.write_text(json.dumps(config | {"base_fingerprint": None}))  # as older folders are
     load_detoxifier(tmp_path / "d", tokenizer)
