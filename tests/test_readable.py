@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from decoding import VOCABULARY, prompts
+from decoding import VOCABULARY, decode, prompts
 from rule_reference import INF, at_risk, cap_of, policy_of, risk_scores
 
 from rectify import Advantage, Cap, InvalidArgumentError, Mask, RectificationProcessor, Tilt
@@ -108,6 +108,16 @@ def test_a_processor_warns_once_and_counts(with_values, monkeypatch, rule, way):
         assert processor.log_survival_of(prompts(2), scores, torch.tensor([[5], [5]]))[1, 0] == -INF
     processor.reset()
     assert processor.statistics().unread == 0
+
+
+@every_rule
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.5}], ids=str)
+def test_a_network_of_nan_is_told_of_at_every_decision(model, with_values, rule, sampling):
+    processor = RectificationProcessor(with_values(torch.full((VOCABULARY,), math.nan)), rule, **sampling)
+    with pytest.warns(RuntimeWarning, match="riskiest"):
+        decode(model, prompts(2), processor, max_new_tokens=3, eos_token_id=None, do_sample=True)
+    found = processor.statistics()
+    assert (found.decisions, found.unread, found.dead_ends) == (6, 6, 6)
 
 
 class _Certain:
