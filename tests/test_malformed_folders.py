@@ -344,6 +344,7 @@ RANGES = [
     ("scorer", "calibration", {"TOXICITY": 0.5}),
     ("cascade", "threshold", float("nan")),
     ("cascade", "threshold", float("inf")),
+    ("cascade", "threshold", 10**30),
     ("cascade", "threshold", 10**400),
     ("cascade", "small_temperature", 0),
     ("cascade", "large_temperature", float("inf")),
