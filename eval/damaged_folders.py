@@ -13,6 +13,7 @@ code is 2 where there is one.
 
 import argparse
 import json
+import logging
 import random
 import shutil
 import sys
@@ -146,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore")
+    logging.disable()
     draw, tally, faults = random.Random(arguments.seed), Counter[str](), 0
     with tempfile.TemporaryDirectory() as name:
         place, marker = Path(name), Path(name) / "marker"

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from rectify.errors import CheckpointError, RectifyError, first_line
-from rectify.json_files import check_format_version
+from rectify.json_files import check_format_version, parse_json
 
 _MOST_BYTES = 1 << 28
-_MOST_DEPTH = 64
 _MOST = 2**31 - 1
 _Config = TypeVar("_Config")
 
@@ -76,15 +75,12 @@ def _refusing(path: Path, remedy: str) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except RecursionError as error:
-        raise _unusable(path, "it is nested too deeply", remedy) from error
     except (_UnusableError, RectifyError, OSError, ValueError, MemoryError) as error:
         raise _unusable(path, error, remedy) from error
 
 
-def _unusable(path: Path, reason: Exception | str, remedy: str) -> CheckpointError:
-    said = reason if isinstance(reason, str) else first_line(reason)
-    return CheckpointError(f"{str(path)!r} cannot be used ({said}): {remedy}")
+def _unusable(path: Path, reason: Exception, remedy: str) -> CheckpointError:
+    return CheckpointError(f"{str(path)!r} cannot be used ({first_line(reason)}): {remedy}")
 
 
 def _text_of(path: Path, remedy: str) -> str:
@@ -98,35 +94,10 @@ def _text_of(path: Path, remedy: str) -> str:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    value = json.loads(text, object_pairs_hook=_object)
+    value = parse_json(text)
     if not isinstance(value, dict):
         raise _UnusableError(f"it holds {_shown(value)}, not an object")
-    _check_depth(value)
     return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise _UnusableError(f"it has {_shown(name)} twice")
-        found[name] = value
-    return found
-
-
-def _check_depth(value: Any) -> None:
-    """Refuse what copying, showing or writing again would run out of stack over."""
-    level = [value]
-    for _ in range(_MOST_DEPTH):
-        level = [
-            part
-            for each in level
-            if isinstance(each, dict | list)
-            for part in (each.values() if isinstance(each, dict) else each)
-        ]
-        if not level:
-            return
-    raise _UnusableError("it is nested too deeply")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,11 +207,10 @@ def _sequence(origin: Any, kinds: tuple[Any, ...], value: Any, place: str) -> An
 def _number(value: Any, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _UnusableError(f"{place} is {_shown(value)}, not a number")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:
-        finite = False
-    if not finite:
+    if isinstance(value, int):
+        if abs(value) > _MOST:  # some are beyond what numpy takes, or float
+            raise _UnusableError(f"{place} is {_shown(value)}, out of every range")
+    elif not math.isfinite(value):
         raise _UnusableError(f"{place} is {_shown(value)}, not a finite number")
     return value  # a whole number stays one, as digests of configurations are of what was written
 

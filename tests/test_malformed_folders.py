@@ -292,7 +292,9 @@ RANGES = [
     ("q_adapter", "base_model", "~nobody_at_all/x"),
     ("q_adapter", "base_model", "x" * 5000),
     ("q_adapter", "base_model", "https://example.org/model"),
-    ("q_shared", "signature", [0.5]),
+    ("q_shared", "base_fingerprint", "0" * 12),
+    ("q_shared", "base_fingerprint", ""),
+    ("q_adapter", "base_fingerprint", "0" * 12),
     ("q_shared", "signature", [float("inf")] * 32),
     ("static", "vocab_size", 2**31 - 1),
     ("static", "base_rate", 7),
@@ -342,6 +344,7 @@ RANGES = [
     ("scorer", "calibration", {"TOXICITY": 0.5}),
     ("cascade", "threshold", float("nan")),
     ("cascade", "threshold", float("inf")),
+    ("cascade", "threshold", 10**30),
     ("cascade", "threshold", 10**400),
     ("cascade", "small_temperature", 0),
     ("cascade", "large_temperature", float("inf")),
@@ -359,6 +362,13 @@ def test_a_field_out_of_range_is_refused(damaged, kind, name, value):
     folder = damaged(kind)
     change(folder / CONFIGS.get(kind, CONFIGS["q"])[0], **{name: value})
     refused(LOADERS[kind], folder)
+
+
+@pytest.mark.parametrize("signature", [[], [0.5], [0.5] * 31, [0.5] * 32, [10**400] * 32])
+def test_the_signature_of_an_older_folder_is_checked(damaged, signature):
+    folder = damaged("q_shared")
+    change(folder / "q_config.json", base_fingerprint=None, signature=signature)
+    refused(LOADERS["q_shared"], folder)
 
 
 def nested(depth):
