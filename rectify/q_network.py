@@ -21,6 +21,7 @@ from rectify.causal_body import causal_body
 from rectify.context import context_length
 from rectify.effective_weights import has_adapter
 from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.first_aid import with_q_advice
 from rectify.heads import LowRankHead, PublishedHead
 from rectify.hub import checkpoint_folder, model_place
 from rectify.padding import follows
@@ -325,7 +326,10 @@ def _shared_trunk(
         place = model_place(config.base_model, config.base_revision)
         trunk, _ = read_model(AutoModel, place, config.base_revision, dtype=dtype)
         trunk = causal_body(trunk.to(device).eval())  # type: ignore[arg-type]
-    check_base(trunk, config, what)
+    try:
+        check_base(trunk, config, what)
+    except CheckpointError as error:
+        raise (error if model is None else with_q_advice(error, model.name_or_path or "MODEL")) from None
     return trunk
 
 
