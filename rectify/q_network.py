@@ -224,7 +224,10 @@ class DeadEndQNetwork(nn.Module):
             weights = read_weights(folder / HEAD_FILE, shapes_of(lambda: _make_head(config)))
             trunk: PreTrainedModel | PeftModel
             if config.shared:
-                trunk = _shared_trunk(config, model, dtype, device, f"Q network {str(name)!r}")
+                try:
+                    trunk = _shared_trunk(config, model, dtype, device, f"Q network {str(name)!r}")
+                except CheckpointError as error:
+                    raise (error if model is None else with_q_advice(error, model.name_or_path or "MODEL")) from None
             elif config.base_model is None:
                 if not (folder / TRUNK_FOLDER).is_dir():
                     raise CheckpointError(f"it holds no {TRUNK_FOLDER}: is it complete?")
@@ -326,10 +329,7 @@ def _shared_trunk(
         place = model_place(config.base_model, config.base_revision)
         trunk, _ = read_model(AutoModel, place, config.base_revision, dtype=dtype)
         trunk = causal_body(trunk.to(device).eval())  # type: ignore[arg-type]
-    try:
-        check_base(trunk, config, what)
-    except CheckpointError as error:
-        raise (error if model is None else with_q_advice(error, model.name_or_path or "MODEL")) from None
+    check_base(trunk, config, what)
     return trunk
 
 
