@@ -58,13 +58,16 @@ def refusing(name: str | Path) -> Iterator[None]:
     except MissingExtraError:  # nothing is damaged
         raise
     except RectifyError as error:  # with its own remedy
-        raise CheckpointError(f"{str(name)!r} could not be loaded: {_one_line(error)}") from error
+        refusal = CheckpointError(f"{str(name)!r} could not be loaded: {_one_line(error)}")
+        refusal.hint = error.hint
+        raise refusal from error
     except Exception as error:  # damaged files make of other libraries whatever they like
         raise CheckpointError(f"{str(name)!r} could not be loaded ({_one_line(error)}): is it complete?") from error
 
 
 def _one_line(error: Exception) -> str:
-    said = " ".join(str(error).split()) or type(error).__name__
+    hint = error.hint if isinstance(error, RectifyError) else ""
+    said = " ".join(str(error).removesuffix(hint).split()) or type(error).__name__
     return said if len(said) <= 600 else f"{said[:597]}..."
 
 

@@ -21,6 +21,7 @@ from rectify.causal_body import causal_body
 from rectify.context import context_length
 from rectify.effective_weights import has_adapter
 from rectify.errors import CheckpointError, InvalidArgumentError
+from rectify.first_aid import with_q_advice
 from rectify.heads import LowRankHead, PublishedHead
 from rectify.hub import checkpoint_folder, model_place
 from rectify.padding import follows
@@ -223,7 +224,10 @@ class DeadEndQNetwork(nn.Module):
             weights = read_weights(folder / HEAD_FILE, shapes_of(lambda: _make_head(config)))
             trunk: PreTrainedModel | PeftModel
             if config.shared:
-                trunk = _shared_trunk(config, model, dtype, device, f"Q network {str(name)!r}")
+                try:
+                    trunk = _shared_trunk(config, model, dtype, device, f"Q network {str(name)!r}")
+                except CheckpointError as error:
+                    raise (error if model is None else with_q_advice(error, model.name_or_path or "MODEL")) from None
             elif config.base_model is None:
                 if not (folder / TRUNK_FOLDER).is_dir():
                     raise CheckpointError(f"it holds no {TRUNK_FOLDER}: is it complete?")

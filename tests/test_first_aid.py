@@ -73,6 +73,15 @@ def test_the_commands_say_it_in_two_lines(capsys, tmp_path, make_model, make_tok
         assert run_command(console, capsys, *command.split(), "--help")[0] == 0
 
 
+def test_a_head_of_another_models_states_is_refused_with_what_to_do(make_model, tmp_path):
+    DeadEndQNetwork.from_trunk(make_model(), shared=True, rank=4, name="elsewhere").save_pretrained(tmp_path)
+    other = make_model(seed=5)
+    other.name_or_path = "my/model"
+    with pytest.raises(CheckpointError) as caught:
+        RectificationProcessor.from_pretrained(tmp_path, model=other)
+    assert advice_of(caught.value).startswith("train one: rectify build trajectories --model my/model ")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # How strong it may be
 

@@ -12,8 +12,8 @@ from rectify.command_line import Parser, execute, say
 from rectify.errors import InvalidArgumentError, PromptError
 from rectify.generation.chosen_method import chosen_method
 from rectify.generation.display import Display
-from rectify.generation.generator import Generator, batches, continue_with, shared_context
-from rectify.generation.output import GenerationFile, Records
+from rectify.generation.generator import Generator, continue_with, shared_context
+from rectify.generation.output import GenerationFile, Records, batches
 from rectify.generation.prompts import EXAMPLES, Prompt, numbered, read_prompts_file, read_standard_input
 from rectify.generation.trace import PromptTrace, counts, trace_of
 from rectify.generation.trace_file import trace_path, write_trace

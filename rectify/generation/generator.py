@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,8 +28,6 @@ from rectify.methods.method import Decoder, MethodProcessor
 from rectify.processor import RectificationProcessor
 from rectify.sampling import Sampling
 from rectify.trunk_states import input_device, position_arguments
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -286,9 +284,3 @@ def shared_context(model: PreTrainedModel, reads: Iterable[object] = ()) -> int 
         for each in (model, *reads)
     ]
     return min((context for context in contexts if isinstance(context, int)), default=None)
-
-
-def batches(prompts: list[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
-    """Numbered batches in the order of the prompts, or of what else is worked on in batches."""
-    for start in range(0, len(prompts), size):
-        yield start // size, prompts[start : start + size]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from rectify.errors import InvalidArgumentError
-from rectify.generation.generator import batches
 from rectify.json_files import append_records, write_json
 from rectify.resumable import check_records, drop_broken_end
 from rectify.run_lock import RunLock
@@ -129,3 +128,9 @@ class GenerationFile:
         except BaseException:
             self.close()
             raise
+
+
+def batches(prompts: list[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
+    """Numbered batches in the order of the prompts, or of what else is worked on in batches."""
+    for start in range(0, len(prompts), size):
+        yield start // size, prompts[start : start + size]

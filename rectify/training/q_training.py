@@ -27,7 +27,7 @@ from rectify.json_files import write_json
 from rectify.pretrained import read_model, read_tokenizer, refusing_unusable
 from rectify.q_network import CONFIG_FILE, DeadEndQNetwork
 from rectify.quiet_peft import LoraConfig
-from rectify.splits import first_words, split_by_hash
+from rectify.splits import alike, first_words, split_by_hash
 from rectify.static_risk import StaticTokenRisk
 from rectify.training.hidden_states import CachedStates
 from rectify.training.plots import plot_training
@@ -163,7 +163,12 @@ def _splits(data: DataArguments) -> tuple[list[Trajectory], list[Trajectory]]:
     """Training and validation trajectories; those of one prompt stay together, also where only whole texts are told."""
     everything = read_trajectories(data.train_file)
     if data.validation_file:
-        return everything, read_trajectories(data.validation_file)
+        validation = read_trajectories(data.validation_file)
+        learnt = {alike(one.prompt or one.continuation) for one in everything}
+        known = sum(alike(one.prompt or one.continuation) in learnt for one in validation)
+        if known:
+            logger.info("validation: %d trajectories have a prompt, or are a text, that training has too", known)
+        return everything, validation
     share = data.validation_split_percentage / 100
     beginnings = iter(first_words([one.continuation for one in everything if not one.prompt]))
     keys = [one.prompt or next(beginnings) for one in everything]
