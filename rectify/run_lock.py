@@ -178,7 +178,11 @@ def _sweep(paths: Iterable[Path], place: Path, folder: bool) -> None:
 def _opened(place: Path, output: Path) -> int:
     """The lock file, open and locked, and with this process's name in it."""
     while True:
-        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+        try:
+            descriptor = os.open(place, flags, 0o666)
+        except PermissionError:  # of another user's run, which may have been killed
+            descriptor = os.open(place, os.O_RDONLY)
         try:
             if not _locked(descriptor, str(place)):
                 raise _refusal(output, _holder(descriptor))
@@ -203,9 +207,10 @@ def _say_who(place: Path, descriptor: int) -> None:
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, (json.dumps(who) + "\n").encode())
-    except OSError:  # a full disk: told now, before hours of work
-        place.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.EINVAL):  # else it is opened for reading alone
+            place.unlink(missing_ok=True)
+            raise  # a full disk: told now, before hours of work
 
 
 def _locked(descriptor: int, shown: str) -> bool:
