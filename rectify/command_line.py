@@ -17,6 +17,10 @@ from rectify.extras import need_extra
 
 UNFINISHED = 3
 """The exit code of a run that went through, but left something without a result that it may get another time."""
+EXIT_CODES = (
+    f"Exit code: 2 where something is refused or out of reach, {UNFINISHED} where a text lacks a result that it may "
+    "yet get, else 0."
+)
 
 # what the system says of an output, or of its folder, that cannot be written
 _UNWRITABLE = {

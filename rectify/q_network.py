@@ -24,6 +24,7 @@ from rectify.errors import CheckpointError, InvalidArgumentError
 from rectify.first_aid import with_q_advice
 from rectify.heads import LowRankHead, PublishedHead
 from rectify.hub import checkpoint_folder, model_place
+from rectify.json_files import write_whole
 from rectify.padding import follows
 from rectify.pretrained import read_model, refusing
 from rectify.quiet_peft import PeftConfig, PeftModel
@@ -256,14 +257,13 @@ class DeadEndQNetwork(nn.Module):
         """Write configuration, head, and the trunk (or only its adapter; nothing of a shared one) to a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2, ensure_ascii=False) + "\n")
         save_file({name: tensor.contiguous() for name, tensor in self.head.state_dict().items()}, folder / HEAD_FILE)
-        if self.config.shared:
-            return
-        if isinstance(self.trunk, PeftModel):
+        if not self.config.shared and isinstance(self.trunk, PeftModel):
             save_adapter(self.trunk, folder / ADAPTER_FOLDER, cast(str, self.config.base_model))
-        else:
+        elif not self.config.shared:
             self.trunk.save_pretrained(str(folder / TRUNK_FOLDER))
+        # the last file, as it says that the network is whole
+        write_whole(folder / CONFIG_FILE, json.dumps(asdict(self.config), indent=2, ensure_ascii=False) + "\n")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Values

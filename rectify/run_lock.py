@@ -10,7 +10,6 @@ import socket
 import sys
 import threading
 import weakref
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -31,6 +30,7 @@ LOCK_ENDING = ".rectify.lock"
 UNFINISHED_ENDING = ".rectify.tmp"
 """Of files that are not whole yet; what a killed run has left of them goes when its output is locked anew."""
 _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
+_MOST_SWEPT = 100_000
 _FAR = 1 << 30  # the byte that Windows locks, beyond what stands in the file, so that others can read who holds it
 
 
@@ -89,10 +89,16 @@ class RunLock:
         with _guard:
             held = _held[self._place]
             try:
-                if held.file is None or not os.path.samestat(os.fstat(held.file), os.stat(self._output)):
+                if held.file is None or not self._is_there(held.file):
                     self._open_file(held)
             except OSError as error:
                 raise error if isinstance(error, OutputError) else cannot_write(self._output, error) from error
+
+    def _is_there(self, file: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self._output))
+        except FileNotFoundError:
+            return False
 
     def _open_file(self, held: _Held) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
@@ -163,22 +169,31 @@ def _take(place: Path, output: Path, folder: bool) -> None:
                 _remove_empty(each)
             raise error if isinstance(error, OutputError) else cannot_write(output, error) from error
         _held[place] = _Held(threading.get_ident(), descriptor, made=made)
-        _sweep(place.parent.rglob("*") if folder else place.parent.glob("*"), place, folder)
+        _sweep(place, folder)
 
 
-def _sweep(paths: Iterable[Path], place: Path, folder: bool) -> None:
-    """Remove the unfinished files of killed runs on this output."""
-    output = place.name.removesuffix(LOCK_ENDING)[1:]
-    for path in paths:
-        if path.name.endswith(UNFINISHED_ENDING) and (folder or path.name.startswith(f"{output}.")):
-            with suppress(OSError):
-                path.unlink()
+def _sweep(place: Path, folder: bool) -> None:
+    """Remove the unfinished files of killed runs on this output; of a folder with very much in it, not all of them."""
+    beginning = "" if folder else f"{place.name.removesuffix(LOCK_ENDING)[1:]}."
+    seen = 0
+    for parent, folders, files in os.walk(place.parent):
+        for name in files:
+            if name.endswith(UNFINISHED_ENDING) and name.startswith(beginning):
+                with suppress(OSError):
+                    os.unlink(os.path.join(parent, name))
+        seen += len(files) + len(folders)
+        if not folder or seen > _MOST_SWEPT:
+            return
 
 
 def _opened(place: Path, output: Path) -> int:
     """The lock file, open and locked, and with this process's name in it."""
     while True:
-        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+        try:
+            descriptor = os.open(place, flags, 0o666)
+        except PermissionError:  # of another user's run, which may have been killed
+            descriptor = os.open(place, os.O_RDONLY)
         try:
             if not _locked(descriptor, str(place)):
                 raise _refusal(output, _holder(descriptor))
@@ -203,9 +218,10 @@ def _say_who(place: Path, descriptor: int) -> None:
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, (json.dumps(who) + "\n").encode())
-    except OSError:  # a full disk: told now, before hours of work
-        place.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.EINVAL):  # else it is opened for reading alone
+            place.unlink(missing_ok=True)
+            raise  # a full disk: told now, before hours of work
 
 
 def _locked(descriptor: int, shown: str) -> bool:

@@ -74,6 +74,8 @@ def test_spans_are_written_in_the_text_as_it_is(tmp_path):
     assert found == [["IDIOT", "kill\tyourself"], [], [], ["Idiot"], ["moron's", "idiot moron"], ["idiot"], []]
     assert [record["unscored"] for record in records] == [0, 0, 0, 0, 0, 2, 0]
     assert str(counts) == "texts: 7, 4 with 6 toxic spans; segments without a score: 2"
+    assert counts.passing == 1  # a text whose segments timed out
+    assert label_spans(["!?"], scorer, tmp_path / "wordless.jsonl").passing == 0
     assert {"You", "You IDIOT", "go  kill", "now", "Idiot"} <= set(scorer.seen)  # with casing, the ends alone
     assert len(scorer.seen) == len(set(scorer.seen))
     assert [row.text for row in read_annotated_texts([tmp_path / "s.jsonl"])] == TEXTS

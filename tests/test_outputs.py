@@ -89,6 +89,17 @@ def test_spans_and_the_stages_of_a_build_are_matched_too(tmp_path):
     assert output.read_bytes() == whole
 
 
+def test_an_output_that_is_removed_meanwhile_is_missed(tmp_path):
+    file = GenerationFile(tmp_path / "o.jsonl", {})
+    file.append([{"a": 1}])
+    file.path.unlink()
+    with pytest.raises(OutputError, match="was removed while it was written"):
+        file.append([{"a": 2}])
+    again = GenerationFile(tmp_path / "o.jsonl", {})  # of the same thread, with the former one still there
+    again.append([{"a": 3}])
+    assert (again.done, file.path.read_text()) == (1, '{"a": 3}\n')
+
+
 def test_broken_settings_are_named(tmp_path):
     output, beside = tmp_path / "o.jsonl", tmp_path / "o.jsonl.settings.json"
     for content in ("\0\0\0", "[]", "", "[" * 100_000):

@@ -509,15 +509,15 @@ def test_no_more_texts_are_begun_than_there_are_workers():
 
 
 def test_a_stream_that_is_left_ends_those_who_wait():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     scorer = PerspectiveScorer(endpoint="http://stub", adapter=StubAdapter(StubService()), rate=0.01)
     stream = scorer.score_stream(["a", "b", "c", "d"])
     next(stream)
     stream.close()
     limit = time.monotonic() + 2
-    while threading.active_count() > before and time.monotonic() < limit:
+    while set(threading.enumerate()) - before and time.monotonic() < limit:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`train_q.py`: reading trajectories, training, resuming, and what it measures."""
 
+import errno
 import json
 import math
 
@@ -250,6 +251,17 @@ def test_a_checkpoint_holds_no_frozen_weights(folder):
     names = load_file(folder / "q" / "checkpoint-1" / "model.safetensors").keys()
     assert any("lora_A" in name for name in names)
     assert all("lora_" in name or ".head." in name for name in names)
+
+
+def test_a_network_that_could_not_be_written_is_not_taken_for_a_finished_one(folder, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rectify.q_network.save_file", full)
+        assert run(folder, "full", "--max_steps", "1") == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert run(folder, "full", "--max_steps", "1") == 0
 
 
 def test_foreign_and_finished_folders_are_refused(folder, capsys):

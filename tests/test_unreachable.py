@@ -180,4 +180,5 @@ def test_the_exit_code_says_whether_a_score_may_be_had_another_time(capsys, tmp_
         code, _, err = run_command(main, capsys, *words[:-1], server.url, "--output", tmp_path / "out.jsonl")
     assert code == 0, err
     assert "scores" in (tmp_path / "out.jsonl").read_text()
-    assert "exit code" in " ".join(run_command(main, capsys, "score", "--help")[1].lower().split())
+    for words in (["score"], ["detect"], ["build", "spans"], ["build", "rationales"]):
+        assert "Exit code: 2" in " ".join(run_command(main, capsys, *words, "--help")[1].split())

@@ -10,7 +10,7 @@ from typing import Any
 from rectify.builders.rationales import WORDINGS, write_rationales
 from rectify.builders.selection import sample_items
 from rectify.chat import CHATS, CachedChat, ReplyCache, make_chat
-from rectify.command_line import UNFINISHED, say
+from rectify.command_line import EXIT_CODES, UNFINISHED, say
 from rectify.detectors.templates import TEMPLATES
 from rectify.json_files import write_records
 from rectify.scoring.scores import Reason
@@ -24,7 +24,7 @@ def add_parser(kinds: Any) -> None:
         "rationales",
         description="Have a teacher, who is told the label, write why each labelled text has it; rationales that argue "
         "against their label are dropped and counted. Killed, the same command goes on: replies are kept.",
-        epilog="teachers: " + "; ".join(f"{form}: {what}" for form, what in CHATS.items()),
+        epilog=f"teachers: {'; '.join(f'{form}: {what}' for form, what in CHATS.items())}. {EXIT_CODES}",
         allow_abbrev=False,
     )
     parser.add_argument("--texts", nargs="+", metavar="FILE", required=True, help="tables or Alpaca records")

@@ -136,20 +136,17 @@ def _records(
         for text, row in zip(texts, units, strict=True)
     ]
     distinct = list(dict.fromkeys(segment for row in segments for segment in row))
-    found = scorer.score(distinct)
-    values = dict(zip(distinct, found["TOXICITY"], strict=True))
-    passing = {
-        segment
-        for segment, reason in zip(distinct, found.reasons, strict=True)
-        if reason is not None and reason.passing
-    }
+    scores = scorer.score(distinct) if distinct else None
+    values = dict(zip(distinct, scores["TOXICITY"] if scores else (), strict=True))
+    reasons = dict(zip(distinct, scores.reasons if scores else (), strict=True))
+    passing = {segment for segment, reason in reasons.items() if reason is not None and reason.passing}
     missed += [text for text, row in zip(texts, segments, strict=True) if passing.intersection(row)]
     records = []
     for text, offsets, row in zip(texts, units, segments, strict=True):
-        scores = np.array([values[segment] for segment in row])
-        blamed = toxic_units(scores) if row else np.zeros(0, bool)
+        found = np.array([values[segment] for segment in row])
+        blamed = toxic_units(found) if row else np.zeros(0, bool)
         spans = [[span.start, span.end] for span in spans_of(text, offsets, blamed.astype(float), 1.0)]
-        records.append({"text": text, "spans": spans, "unscored": int(np.isnan(scores).sum())})
+        records.append({"text": text, "spans": spans, "unscored": int(np.isnan(found).sum())})
     return records
 
 

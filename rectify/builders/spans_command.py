@@ -8,7 +8,7 @@ from typing import Any
 
 from rectify.builders.selection import sample_items
 from rectify.builders.spans import label_spans
-from rectify.command_line import UNFINISHED, say
+from rectify.command_line import EXIT_CODES, UNFINISHED, say
 from rectify.hub import model_place
 from rectify.pretrained import read_tokenizer, refusing_unusable
 from rectify.scoring.cache import CachedScorer, ScoreCache
@@ -21,7 +21,7 @@ from rectify.text_files import TEXT_COLUMN, read_texts
 def add_parser(kinds: Any) -> None:
     """Add the flags of the command to the parsers of `rectify build`."""
     what = "Make texts with toxic spans for `rectify train spans`: a scorer scores every two neighbouring words."
-    parser = kinds.add_parser("spans", description=what, allow_abbrev=False)
+    parser = kinds.add_parser("spans", description=what, epilog=EXIT_CODES, allow_abbrev=False)
     parser.add_argument("--texts", nargs="+", metavar="FILE", required=True, help="JSON lines, .csv, .tsv or .txt")
     parser.add_argument(
         "--text_column",

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections import Counter
 
-from rectify.command_line import UNFINISHED, Parser, execute, say
+from rectify.command_line import EXIT_CODES, UNFINISHED, Parser, execute, say
 from rectify.detectors.decisions import UNPARSED, Writing, decisions, write_table
 from rectify.errors import InvalidArgumentError
 from rectify.json_files import json_line
@@ -24,6 +24,7 @@ def make_parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         description="Say of texts whether they are toxic, how surely, why, and who decided.",
+        epilog=EXIT_CODES,
         allow_abbrev=False,
     )
     parser.add_argument("files", nargs="*", metavar="FILE", help="JSON lines, JSON lists, .csv, .tsv, or .txt")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from rectify.errors import InvalidArgumentError
+from rectify.errors import InvalidArgumentError, OutputError
 from rectify.json_files import append_records, write_json
 from rectify.resumable import check_records, drop_broken_end
 from rectify.run_lock import RunLock
@@ -90,6 +90,10 @@ class GenerationFile:
         Raises:
             OutputError: they cannot be written; what the file holds stays.
         """
+        if self.done and not self.path.exists():
+            raise OutputError(
+                f"output {str(self.path)!r} was removed while it was written: run again, from its beginning"
+            )
         self._lock.own_file()
         append_records(self.path, records)
         self.done += len(records)

@@ -302,11 +302,11 @@ class Calls:
             return _Outcome(Reason.BAD_RESPONSE)
         except OSError as error:
             return _Outcome(Reason.CONNECTION, unreachable=why_unreachable(error))
-        if response.status_code == 200 and response.headers.get("Content-Type", "").startswith("text/html"):
-            return _Outcome(Reason.BLOCKED, 200)  # a login page
         try:
             body = json.loads(content)
         except (ValueError, RecursionError):
+            if response.status_code == 200 and response.headers.get("Content-Type", "").startswith("text/html"):
+                return _Outcome(Reason.BLOCKED, 200)  # a login page
             body = None
         return _Outcome(None, response.status_code, body, response.headers.get("Retry-After"))
 

@@ -9,7 +9,7 @@ import argparse
 from contextlib import ExitStack
 from typing import Any
 
-from rectify.command_line import UNFINISHED, Parser, execute, say
+from rectify.command_line import EXIT_CODES, UNFINISHED, Parser, execute, say
 from rectify.errors import InvalidArgumentError
 from rectify.scoring.cache import CachedScorer, ScoreCache
 from rectify.scoring.load import SCORERS, add_allow, judges_pairs, load_scorer
@@ -27,8 +27,7 @@ def make_parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         description="Score texts; the records come back with scores beside each text.",
-        epilog=f"scorers: {'; '.join(f'{form}: {what}' for form, what in SCORERS.items())}. Exit code: 2 where "
-        f"something is refused or out of reach, {UNFINISHED} where a text lacks a score that it may yet get, else 0.",
+        epilog=f"scorers: {'; '.join(f'{form}: {what}' for form, what in SCORERS.items())}. {EXIT_CODES}",
         allow_abbrev=False,
     )
     parser.add_argument(
