@@ -6,6 +6,7 @@ Methods run it beside the model that generates: an expert, a classifier's backbo
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -19,8 +20,8 @@ from rectify.growing_cache import growing_cache
 from rectify.packed_attention import Packing, can_pack, packed
 from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.thread_lock import ThreadLock
-from rectify.trunk_probe import abilities_of, close_for, gap, probe_texts, tried
-from rectify.trunk_states import Abilities, hidden_states, input_device, takes_positions, text_states
+from rectify.trunk_probe import abilities_of, close_for, gap, own_cache_of, probe_texts, tried
+from rectify.trunk_states import Abilities, hidden_states, input_device, kept_within, takes_positions, text_states
 
 _SAME = 0.01  # of the largest state: what two runs of the same weights may differ by
 
@@ -164,6 +165,7 @@ class NextTokenLogits:
         if not isinstance(outputs, nn.Module) or model.config.is_encoder_decoder:
             raise self._refusal("it is no decoder with an output embedding")
         self.states = CausalStates(causal_body(model, name))
+        self._apart = own_cache_of(self.states.trunk).steps
         self._outputs = outputs
         self._check_outputs()
         self._memo = PrefixMemo(self.states, use_cache)
@@ -192,7 +194,9 @@ class NextTokenLogits:
             InvalidArgumentError: the prefixes are empty, or longer than the model's context.
         """
         self.states.check(prefixes, self.name)
-        logits = self._outputs(self._memo.last_hidden(prefixes.to(input_device(self.model))))
+        with nullcontext() if self._apart else kept_within(self.states.trunk):
+            hidden = self._memo.last_hidden(prefixes.to(input_device(self.model)))
+        logits = self._outputs(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()

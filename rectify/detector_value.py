@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from rectify.causal_body import causal_body
 from rectify.causal_states import CausalStates
 from rectify.detectors import DetectorConfig, ToxicityClassifier
 from rectify.errors import InvalidArgumentError, VocabularyMismatchError
@@ -76,8 +77,7 @@ class DetectorValue(nn.Module):
             )
         self.classifier = classifier.eval()  # with dropout it would be no function of the prefix
         self.candidates, self.k = candidates, k
-        inner = cast(Any, classifier.inner)
-        self.states = CausalStates(cast(PreTrainedModel, inner.base_model))
+        self.states = CausalStates(causal_body(classifier.inner, "classifier"))
         self._memo = PrefixMemo(self.states, use_cache and self.states.branches)
 
     @classmethod
@@ -172,7 +172,11 @@ class DetectorValue(nn.Module):
             attention_mask: `[B, T]`, 0 at padding.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        values = self._log_survival_of(self.classifier.position_logits(input_ids, mask)).expm1()
+        if self.states.abilities.rotation is None:
+            logits = self.classifier.position_logits(input_ids, mask)
+        else:  # the states of a long text are not those of its beginnings
+            logits = cast(Any, self.classifier.inner).score(self.states.encode(input_ids, mask)).float()
+        values = self._log_survival_of(logits).expm1()
         return values.masked_fill(~follows(mask), torch.nan)
 
 

@@ -286,8 +286,10 @@ class DeadEndQNetwork(nn.Module):
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Hidden states of the last positions, `[B, T, hidden_size]`; see `hidden_states` and `text_states`."""
         if cache is not None:
-            return hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
-        return text_states(self.trunk, input_ids, attention_mask, self.abilities, self._takes_positions)
+            states = hidden_states(self.trunk, input_ids, attention_mask, cache, self._takes_positions)
+        else:
+            states = text_states(self.trunk, input_ids, attention_mask, self.abilities, self._takes_positions)
+        return states.to(self.device)  # where layers are spread over several, the last is on another
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """`Q[b, t, a]`, the value of token `a` after the prefix `input_ids[b, :t + 1]`: `[B, T, V]` float32."""

@@ -208,7 +208,7 @@ def _unpadded(trunk: nn.Module, ids: Tensor, rotation: Rotation | None, position
     if not rotation.steady:
         ends[-1:] = range(max(rotation.limit, 0) + 1, length + 1)
     parts, done = [], 0
-    with _rotation_kept(trunk):
+    with kept_within(trunk):
         for end in ends:
             if not rotation.steady:  # that of a longer text would stay
                 with torch.no_grad():
@@ -219,17 +219,27 @@ def _unpadded(trunk: nn.Module, ids: Tensor, rotation: Rotation | None, position
 
 
 @contextmanager
-def _rotation_kept(trunk: nn.Module) -> Iterator[None]:
-    """Afterwards the trunk's rotation is what it was, as another text may be half read."""
-    kept = []
-    for module in trunk.modules():
-        numbers = {name: each for name, each in vars(module).items() if name.endswith("max_seq_len_cached")}
-        if numbers or any(name.endswith("inv_freq") for name in module._buffers):
-            buffers = {name: each.clone() for name, each in module._buffers.items() if each is not None}
-            kept.append((module, numbers, buffers))
+def kept_within(model: nn.Module) -> Iterator[None]:
+    """Afterwards a model holds again what it keeps in itself of what it has read: its rotation, and recurrent states.
+
+    Another text may be half read.
+    """
+    kept: list[tuple[nn.Module, dict[str, Any], dict[str, Tensor]]] = []
+    for module in model.modules():
+        plain = {
+            name: each.clone() if isinstance(each, Tensor) else each
+            for name, each in vars(module).items()
+            if each is None or isinstance(each, Tensor) or name.endswith("max_seq_len_cached")
+        }
+        rotation = {
+            name: each.clone()
+            for name, each in module._buffers.items()
+            if name.endswith("inv_freq") and each is not None
+        }
+        kept.append((module, plain, rotation))
     try:
         yield
     finally:
-        for module, numbers, buffers in kept:
-            vars(module).update(numbers)
-            module._buffers.update(buffers)
+        for module, plain, rotation in kept:
+            vars(module).update(plain)
+            module._buffers.update(rotation)

@@ -23,7 +23,7 @@ from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.risk_model import RiskModel
 from rectify.thread_lock import ThreadLock
 from rectify.trunk_probe import own_cache_of
-from rectify.trunk_states import Abilities, positions_of
+from rectify.trunk_states import Abilities, kept_within, positions_of
 
 _WIDTH = 64  # features of a recurrent state
 _KEY_WIDTH = 2  # features of a key, at each position
@@ -170,7 +170,10 @@ class TrunkTap:
         if not prefixes.shape[1]:
             raise InvalidArgumentError("input_ids are empty, and the model has not been run: run it first")
         with self._unwatched():
-            return self._fallback.last_hidden(prefixes)
+            if self._own_cache.steps:
+                return self._fallback.last_hidden(prefixes)
+            with kept_within(self.trunk):
+                return self._fallback.last_hidden(prefixes)
 
     def _of_this_thread(self) -> list[_Reading]:
         """The latest first."""
@@ -348,12 +351,15 @@ def _rows_of(cache: Cache, length: int) -> Tensor | None:
     """Some numbers of each row of a cache that holds `length` positions, `[B, N]`, by which rows can be told apart.
 
     They are of the last layer that keeps anything, whose numbers depend on all that was read before them. `None` where
-    they cannot be found.
+    they cannot be found, and of a single row.
     """
     for layer in reversed(_layers(cache)):
         keys = getattr(layer, "keys", None)
         if isinstance(keys, Tensor) and keys.ndim == 4 and keys.numel():
-            return keys[:, 0, : min(length, keys.shape[-2]), :_KEY_WIDTH].flatten(1).clone()
+            if len(keys) == 1:
+                return None
+            some = keys[:, 0, : min(length, keys.shape[-2]), :_KEY_WIDTH]
+            return some.clone(memory_format=torch.contiguous_format).flatten(1)
         for name in ("recurrent_states", "conv_states"):
             states = getattr(layer, name, None)
             for state in reversed([*states.values()]) if isinstance(states, dict) else [states]:
@@ -364,11 +370,13 @@ def _rows_of(cache: Cache, length: int) -> Tensor | None:
 
 def _origin(before: _Reading, rows: Tensor | None, past: int, count: int) -> tuple[Tensor | None, Tensor | bool]:
     """Which row of a reading each row of its cache is now (`None`: its own), and whether that is certain."""
+    if len(before.text) == 1:  # which can only have been repeated
+        return (None if count == 1 else before.text.new_zeros(count)), True
     held, end = before.rows, before.text.shape[1]
     if held is not None and rows is not None and past < end and held.shape[1] == end * _KEY_WIDTH:
         held = held[:, : past * _KEY_WIDTH]  # the cache was cut back
     if held is None or rows is None or held.shape[1] != rows.shape[1]:
-        return None, len(before.text) == count == 1
+        return None, False
     if len(rows) != count:
         return None, False
     if rows.device.type == "cpu" and torch.equal(held, rows):

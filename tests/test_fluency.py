@@ -17,6 +17,7 @@ from rectify.evaluation.fluency import (
     token_log_probabilities,
 )
 from rectify.evaluation.teacher_forcing import forced_nll
+from rectify.evaluation.trunk_kinds import build
 from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [2, 14]]
@@ -153,9 +154,10 @@ def test_distinct_n():
         distinct_n(continuations, 0)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "sliding", "recurrent"])
+# the last two take no cache, and keep convolutions' states
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "sliding", "recurrent", "openai-gpt", "lfm2"])
 def test_a_prompt_that_is_read_once_gives_the_same_likelihood(make_model, kind):
-    model = make_model(kind)
+    model = build(kind) if kind in ("openai-gpt", "lfm2") else make_model(kind)
     prompts = [[5], [6, 7, 8, 9, 10, 11], [12, 13], [14]]
     texts = [[[20, 21, 22], [23]], [[24, 25], []], [[26, 27, 28, 29], [30, 31]], [[32], [33, 34]]]
     flat = [text for ones in texts for text in ones]

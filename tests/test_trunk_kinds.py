@@ -4,9 +4,10 @@ The others are in `eval/trunk_kinds.py`.
 """
 
 import pytest
+import torch
 
-from rectify import InvalidArgumentError
-from rectify.evaluation.trunk_kinds import build, try_kind
+from rectify import DeadEndQNetwork, InvalidArgumentError, RectificationProcessor, Tilt
+from rectify.evaluation.trunk_kinds import build, draw, try_kind
 
 KINDS = {
     "openai-gpt": "right without a cache",  # takes none
@@ -26,6 +27,15 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_those_of_whole_texts(kind):
     assert try_kind(kind, build(kind)) == KINDS[kind]
+
+
+def test_what_a_model_keeps_in_itself_is_left_there():
+    model, ids = build("recurrent_gemma"), draw(2, 6)
+    options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **options)
+    network = DeadEndQNetwork.from_trunk(model, shared=True, rank=4)
+    processor = RectificationProcessor(network, Tilt(beta=0.0), model=model, do_sample=False)
+    assert torch.equal(model.generate(ids, logits_processor=[processor], **options), expected)
 
 
 @pytest.mark.parametrize("kind", ["xlnet", "xlm", "cpmant"])

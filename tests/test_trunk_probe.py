@@ -82,7 +82,7 @@ def test_a_trial_changes_nothing_and_is_made_once(make_model):
 
 
 def test_an_encoder_is_refused(tmp_path):
-    with pytest.raises(InvalidArgumentError, match="BertModel"):
+    with pytest.raises(InvalidArgumentError, match="is_decoder=False"):
         DeadEndQNetwork.from_trunk(encoder())
     with pytest.raises(InvalidArgumentError, match="is not causal"):
         PrefixMemo(CausalStates(encoder().base_model))

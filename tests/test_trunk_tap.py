@@ -11,6 +11,7 @@ from decoding import CLOSE, RULE, VOCABULARY, assistant_of, decode, new_tokens, 
 from transformers import DynamicCache, LogitsProcessor
 
 from rectify import CheckpointError, DeadEndQNetwork, InvalidArgumentError, RectificationProcessor
+from rectify.generation.generator import read_once
 from rectify.q_network import QConfig
 
 KINDS = ["gpt2", "llama", "sliding", "recurrent"]
@@ -396,3 +397,19 @@ def test_a_head_of_a_nameless_model_needs_it(make_model, tmp_path):
     with pytest.raises(CheckpointError, match="pass model="):
         DeadEndQNetwork.from_pretrained(tmp_path)
     assert DeadEndQNetwork.from_pretrained(tmp_path, model=model).config.shared
+
+
+def test_a_prompt_that_was_read_once_is_continued_several_times(make_model, spy):
+    model = make_model("llama")
+    network = shared_network(model)
+    for rows in (1, 2):
+        ids = prompts(rows, 6)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        processor = Both(network, model, do_sample=False)
+        cache = read_once(model, **inputs, copies=3)
+        runs = spy(network)
+        decode(model, ids.repeat_interleave(3, 0), processor.shared, past_key_values=cache, max_new_tokens=5)
+        assert runs == []
+        cache = read_once(model, **inputs, copies=3)
+        decode(model, ids.repeat_interleave(3, 0), processor, past_key_values=cache, max_new_tokens=5)
+        assert processor.worst < CLOSE

@@ -20,13 +20,16 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from rectify.causal_body import causal_body
 from rectify.chat_template import chat_prompt
 from rectify.context import context_length
+from rectify.errors import InvalidArgumentError
 from rectify.generation.prompts import Prompt
 from rectify.keyed_noise import KeyedSampling, row_keys
 from rectify.methods.method import Decoder, MethodProcessor
 from rectify.processor import RectificationProcessor
 from rectify.sampling import Sampling
+from rectify.trunk_probe import abilities_of, own_cache_of
 from rectify.trunk_states import input_device, position_arguments
 
 
@@ -258,18 +261,30 @@ def read_once(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor,
         copies: of each row, one after the other.
 
     Returns:
-        A cache of `P × copies` rows and T − 1 positions; `None` where there is nothing to read, or the states are
-        recurrent.
+        A cache of `P × copies` rows and T − 1 positions; `None` where there is nothing to read, or the model was not
+        seen to keep what can be read several times.
     """
-    if input_ids.shape[1] < 2 or getattr(model, "_is_stateful", False):
+    if input_ids.shape[1] < 2 or getattr(model, "_is_stateful", False) or not _reads_on(model):
         return None
     ids, mask = input_ids[:, :-1], attention_mask[:, :-1].clone()
     mask[:, -1] |= mask.sum(-1) == 0  # a row of nothing but padding would be a row of NaN
     arguments: dict[str, Any] = position_arguments(model, mask, ids.shape[1])
     cache = DynamicCache(config=model.config)
     model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments)
+    if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+        return None
     cache.batch_repeat_interleave(copies)
     return cache
+
+
+def _reads_on(model: PreTrainedModel) -> bool:
+    """Whether what was read of a text stays right, whatever follows."""
+    try:
+        body = causal_body(model)
+        own = own_cache_of(body)
+        return own.steps and own.pads and own.reorders and abilities_of(body).rotation is None
+    except InvalidArgumentError:
+        return False
 
 
 def shared_context(model: PreTrainedModel, reads: Iterable[object] = ()) -> int | None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from rectify.q_network import DeadEndQNetwork
 from rectify.training.resumable_array import ResumableArray
 from rectify.training.trajectory_data import TrajectoryDataset, collate
+from rectify.trunk_states import input_device
 
 _SAVE_EVERY = 50  # batches
 
@@ -56,7 +57,7 @@ class CachedStates(Dataset):
 
     @torch.no_grad()
     def _fill(self, network: DeadEndQNetwork, places: list[int]) -> None:
-        device = next(network.trunk.parameters()).device
+        device = input_device(network.trunk)
         batch = collate([self.items[place] for place in places])
         hidden = network.encode(batch["input_ids"].to(device), batch["attention_mask"].to(device))
         rows = hidden.to(torch.bfloat16).cpu().view(torch.int16).numpy()
