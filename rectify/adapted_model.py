@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.adapters import load_adapter
+from rectify.causal_body import causal_body
 from rectify.errors import VocabularyMismatchError
 from rectify.hub import current_fingerprint, load_language_model
 from rectify.json_files import check_format_version, write_json
@@ -109,7 +110,7 @@ def load_adapted(
         base, tokenizer = load_language_model(config.base_model, dtype, revision=config.base_revision)
         place = config.base_model, config.base_revision
         check_base(
-            base.base_model, config.base_fingerprint, place[0], repr(str(folder)), lambda: current_fingerprint(*place)
+            causal_body(base), config.base_fingerprint, place[0], repr(str(folder)), lambda: current_fingerprint(*place)
         )
         model = load_adapter(base, folder)
         whole = model.get_base_model() if torch.finfo(dtype).bits < 32 else model.merge_and_unload()

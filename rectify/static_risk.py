@@ -6,6 +6,7 @@ What a Q network adds is what it does better than this table, which costs nothin
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from rectify.saved_config import read_config
 from rectify.saved_weights import read_weights
 from rectify.trunk_states import Abilities
 from rectify.vocabulary import Fingerprint
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE, TABLE_FILE = "static_risk.json", "static_risk.safetensors"
 
@@ -164,7 +167,7 @@ class StaticTokenRisk(nn.Module):
     def from_pretrained(
         cls, name: str | Path, *, revision: str | None = None, device: str | torch.device | None = None
     ) -> StaticTokenRisk:
-        """Load a table from a folder or a Hub id.
+        """Load a table from a folder or a Hub id; one line of the log says so where its vocabulary is not known.
 
         Raises:
             CheckpointError: nothing usable is there.
@@ -177,6 +180,13 @@ class StaticTokenRisk(nn.Module):
                 raise CheckpointError(f"{TABLE_FILE} holds what is no logarithm of a probability: is it complete?")
             table = cls(np.zeros(config.vocab_size), config)
             table.head.load_state_dict(weights)
+        if config.vocabulary is None:
+            logger.warning(
+                "table %r: it records no vocabulary, so a model of another one of %d tokens is not refused: fit it "
+                "anew with vocabulary=",
+                str(name),
+                config.vocab_size,
+            )
         return table.to(device).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, build_tokenizer
 from peft import (
     IA3Config,
     LNTuningConfig,
@@ -23,7 +23,9 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from rectify import CheckpointError, DeadEndQNetwork, InvalidArgumentError
+from rectify import CheckpointError, DeadEndQNetwork, InvalidArgumentError, record_base
+from rectify.detectors import ToxicityClassifier
+from rectify.static_risk import StaticTokenRisk
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -203,6 +205,53 @@ def test_name_and_revision_are_kept(base, tmp_path):
         assert (config["base_model"], config["base_revision"]) == (str(base), "v1")
         adapter = json.loads((tmp_path / folder / "adapter" / "adapter_config.json").read_text())
         assert (adapter["base_model_name_or_path"], adapter["revision"]) == (str(base), "v1")
+
+
+def test_what_is_there_is_recorded_in_an_older_folder(base, tmp_path, caplog, capsys):
+    build_tokenizer(pad="t2").save_pretrained(base)
+    torch.manual_seed(0)
+    ToxicityClassifier.from_backbone(str(base), max_length=24, lora_r=2).save_pretrained(tmp_path / "detector")
+    on(base).save_pretrained(tmp_path / "q")
+    on(base, shared=True).save_pretrained(tmp_path / "head")
+    folders = {
+        "q": (DeadEndQNetwork, "q_config.json"),
+        "head": (DeadEndQNetwork, "q_config.json"),
+        "detector": (ToxicityClassifier, "detector_config.json"),
+    }
+    written = {name: (tmp_path / name / file).read_text() for name, (_, file) in folders.items()}
+    for name, (kind, file) in folders.items():
+        config = json.loads(written[name])
+        (tmp_path / name / file).write_text(json.dumps(config | {"base_fingerprint": None}))
+        caplog.clear()
+        kind.from_pretrained(tmp_path / name)
+        assert ["no digest" in record.getMessage() for record in lines(caplog)] == [True]
+    assert record_base.main([str(tmp_path / name) for name in folders]) == 0
+    for name, (_, file) in folders.items():
+        assert json.loads((tmp_path / name / file).read_text()).items() <= json.loads(written[name]).items()
+        assert json.loads((tmp_path / name / file).read_text())["base_fingerprint"].startswith("w1:")
+    assert record_base.main([str(base)]) != 0
+    assert "q_config.json" in capsys.readouterr().err
+
+
+def test_a_detector_refuses_a_base_with_scrambled_layers_and_takes_it_in_other_files(base, tmp_path):
+    build_tokenizer(pad="t2").save_pretrained(base)
+    ToxicityClassifier.from_backbone(str(base), max_length=24, lora_r=2).save_pretrained(tmp_path / "d")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for path in base.glob("*.safetensors"):
+        path.unlink()
+    model.half().save_pretrained(base, max_shard_size="20KB")
+    ToxicityClassifier.from_pretrained(tmp_path / "d")
+    model.model.layers[0], model.model.layers[1] = model.model.layers[1], model.model.layers[0]
+    model.save_pretrained(base, max_shard_size="20KB")
+    with pytest.raises(CheckpointError, match="other weights"):
+        ToxicityClassifier.from_pretrained(tmp_path / "d")
+
+
+def test_a_table_without_a_vocabulary_says_so(tmp_path, caplog):
+    table = StaticTokenRisk.fit([[1, 2]], [0], [-0.5], 9)
+    table.save_pretrained(tmp_path)
+    StaticTokenRisk.from_pretrained(tmp_path)
+    assert ["records no vocabulary" in record.getMessage() for record in lines(caplog)] == [True]
 
 
 SAVE = """

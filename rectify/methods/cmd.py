@@ -16,6 +16,7 @@ from transformers import (
     StoppingCriteria,
 )
 
+from rectify.causal_body import is_body_of
 from rectify.chain import CLOSE, GENERATION, Malformed, Steps, closed_length, frame, read_steps
 from rectify.errors import InvalidArgumentError
 from rectify.generation.generator import Continuation, Generator, shared_context
@@ -270,7 +271,7 @@ class Cmd(Method):
         other = final.bind(model, tokenizer, sampling)
         if other.draws > 1 or other.write is not None:
             raise InvalidArgumentError(f"{final.name} is no change of next-token scores: combine cmd with another")
-        if any(getattr(each, "trunk", None) is model.base_model for each in other.reads):
+        if any(is_body_of(getattr(each, "trunk", None), model) for each in other.reads):
             raise InvalidArgumentError(
                 f"{final.label} reads the states of the base model, and cmd writes with another: give a Q network with "
                 "a trunk of its own"

@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from rectify.adapters import save_adapter
 from rectify.builders.cmd_records import ChainExample, to_json
 from rectify.builders.cmd_stages import check_contrast
+from rectify.causal_body import causal_body
 from rectify.chain import closed_length
 from rectify.detectors.classifier import pad
 from rectify.errors import InvalidArgumentError
@@ -105,7 +106,7 @@ def train_chains(
         examples_sha256=sha256_of([to_json(example) for example in [*train, *validation]]),
     )
     base, tokenizer = load_language_model(name, revision=revision)
-    digest = weights_digest(base.base_model)
+    digest = weights_digest(causal_body(base))
     check_length(base, settings.max_length)
     length, most = settings.max_length, settings.sample_tokens
     data = EncodedChains(tokenizer, train, length, most, "train_file")
@@ -268,8 +269,7 @@ class ChainLearning(ModelTraining):
         """`[N, H]`: of texts of one token or more, the mean of the last layer's states, padding left aside."""
         device = next(self.model.parameters()).device
         ids, mask = (part.to(device) for part in pad(texts))
-        trunk = cast(Any, self.model.get_base_model()).base_model
-        hidden = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = causal_body(self.model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return masked_mean(hidden, mask)
 
     def _count(self, active: Tensor, toxic: Tensor) -> None:

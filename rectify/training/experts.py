@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from rectify.adapters import save_adapter
+from rectify.causal_body import causal_body
 from rectify.errors import InvalidArgumentError
 from rectify.hub import current_fingerprint, load_language_model
 from rectify.json_files import sha256_of, write_json
@@ -79,7 +80,7 @@ def train_experts(
             parts[side][kind] = EncodedTexts(tokenizer, texts, settings.max_length, f"{kind} has no {word} text")
     name, revision = settings.model_name_or_path, settings.model_revision
     fingerprint = current_fingerprint(name, revision)
-    config = ExpertsConfig(name, Fingerprint.of(tokenizer), revision, weights_digest(base.base_model))
+    config = ExpertsConfig(name, Fingerprint.of(tokenizer), revision, weights_digest(causal_body(base)))
     for side, data in parts.items():
         config.training[side] = _train_one(
             settings, fingerprint, arguments, side, data["train"], data["validation"], callbacks

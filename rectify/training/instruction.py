@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from rectify.adapters import load_adapter
+from rectify.causal_body import causal_body
 from rectify.context import context_length
 from rectify.detectors.cascade import predicted
 from rectify.detectors.instruction import InstructionConfig, InstructionDetector
@@ -168,7 +169,7 @@ class _Stage:
         settings = self.settings
         name, revision = settings.model_name_or_path, settings.model_revision
         base, tokenizer = load_language_model(name, revision=revision)
-        fingerprint = weights_digest(base.base_model)
+        fingerprint = weights_digest(causal_body(base))
         model = with_adapter(base, settings) if start is None else load_adapter(base, start, trainable=True)
         config = InstructionConfig(name, self.template, revision, settings.max_length, settings.chat)
         config.base_fingerprint = fingerprint

@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         Fingerprint.of(tokenizer),
         prior=arguments.prior,
     )
+    table.config.training["model_name_or_path"] = arguments.model_name_or_path  # whose vocabulary it is
     table.save_pretrained(arguments.output_dir)
     say(f"{len(data)} trajectories; saved to {arguments.output_dir}")
 
