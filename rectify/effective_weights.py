@@ -25,6 +25,7 @@ class Weight(NamedTuple):
         shape: that of the weight before it was quantised.
         module: whose it is.
         exact: not restored from fewer bits.
+        apart: a part of an adapter that is active and not folded in.
     """
 
     name: str
@@ -32,12 +33,14 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     module: nn.Module
     exact: bool = True
+    apart: bool = False
 
 
 def effective_weights(module: nn.Module, prefix: str = "") -> Iterator[Weight]:
     """Parameters and lasting float buffers of a model, as its forward pass uses them, one after another.
 
-    Of a layer with an adapter it is the sum that counts. What is offloaded is brought here while it is asked for.
+    A layer with an adapter counts with it folded in, or, where that cannot be done or would be rounded away, beside
+    its parts. What is offloaded is brought here while it is asked for.
 
     Args:
         module: the body of a model.
@@ -46,6 +49,12 @@ def effective_weights(module: nn.Module, prefix: str = "") -> Iterator[Weight]:
     inner = _without_adapter(module)
     if inner is not module:
         yield from effective_weights(inner, prefix)
+        return
+    if isinstance(module, BaseTunerLayer):
+        yield from effective_weights(module.get_base_layer(), prefix)
+        for name, child in module.named_children():
+            if name != "base_layer":
+                yield from (each._replace(apart=True) for each in effective_weights(child, f"{prefix}{name}."))
         return
     with _here(module):
         lasting = [
@@ -100,10 +109,12 @@ def _without_adapter(module: nn.Module) -> nn.Module:
     present = set(module.active_adapters) & set(module._get_available_adapters())
     if module.disable_adapters or module.merged or not present:
         return module.get_base_layer()
+    if any(type(each).__name__ in _QUANTIZED for each in module.get_base_layer().parameters()):
+        return module
     try:
         merged: Any = deepcopy(module)
         merged.merge()
-    except Exception:  # of kinds that cannot be folded in, the parts are read instead
+    except Exception:  # every kind that cannot be folded in has its own
         return module
     return cast(nn.Module, merged.get_base_layer())
 

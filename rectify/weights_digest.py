@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _MARK = "w1"
 _FULL, _BFLOAT16, _FLOAT16, _COARSE, _UNREAD = range(5)
+_APART = 8
 _SUMS = 2
 _SAMPLES, _LEAST, _MOST = 512, 2, 16
 _BLOCK, _BLOCKS = 4096, 512  # values under one row of signs, and rows at a time
@@ -52,6 +53,7 @@ class _Sketch:
         rows: that its input embeddings had; those that pad them afterwards do not count.
         ids: `[W]` uint64 hashes of names and shapes.
         kinds: `[W]` uint8: the format that holds all values of the weight, or how it was read.
+        apart: `[W]` bool: whether it is a part of an adapter.
         sums: `[W, 2]` float64.
         values: `[W, K]` float64, at places that depend on the number of values alone.
     """
@@ -59,12 +61,13 @@ class _Sketch:
     rows: int
     ids: np.ndarray
     kinds: np.ndarray
+    apart: np.ndarray
     sums: np.ndarray
     values: np.ndarray
 
     def __str__(self) -> str:
         table = np.zeros(len(self.ids), dtype=_row(self.values.shape[1]))
-        table["id"], table["kind"] = self.ids, self.kinds
+        table["id"], table["kind"] = self.ids, self.kinds + _APART * self.apart
         table["numbers"] = np.concatenate([self.sums, self.values], 1)
         text = base64.b64encode(table.tobytes()).decode("ascii")
         return f"{_MARK}:{self.rows}:{self.values.shape[1]}:{text}"
@@ -77,7 +80,8 @@ class _Sketch:
                 raise ValueError("it is of another form")
             found = np.frombuffer(base64.b64decode(table, validate=True), dtype=_row(int(samples)))
             numbers = found["numbers"].astype(np.float64)
-            return cls(int(rows), found["id"], found["kind"], numbers[:, :_SUMS], numbers[:, _SUMS:])
+            kinds, apart = found["kind"] % _APART, found["kind"] >= _APART
+            return cls(int(rows), found["id"], kinds, apart, numbers[:, :_SUMS], numbers[:, _SUMS:])
         except (ValueError, binascii.Error) as error:
             raise CheckpointError(f"base_fingerprint is no digest of weights ({error}): put back the file") from error
 
@@ -94,7 +98,7 @@ def weights_digest(body: nn.Module) -> str | None:
     Args:
         body: of a model, without its output embedding or head.
     """
-    weights = sum(1 for _ in effective_weights(body))
+    weights = sum(1 for _ in body.parameters())
     samples = min(_MOST, max(_LEAST, -(-_SAMPLES // max(1, weights))))
     sketch = _sketch(body, None, samples)[0]
     return None if (sketch.kinds == _UNREAD).all() else str(sketch)
@@ -159,6 +163,8 @@ def check_digest(body: nn.Module, recorded: str, name: str) -> None:
     read = (before.kinds[old] != _UNREAD) & (now.kinds[new] != _UNREAD)
     differing = new[read & ~_agree(before, old, now, new, scale)]
     unread = len(before.ids) - int(read.sum())
+    if set(before.ids[before.apart]) != set(now.ids[now.apart]):
+        raise _others(name, "an adapter that is not folded in is active now or was then, and is another or missing")
     if not _is_quantized(body) and len(both) < max(len(before.ids), len(now.ids)):
         missing = len(before.ids) - len(both)
         added = [name for name, each in zip(names, now.ids, strict=True) if int(each) not in places]
@@ -202,7 +208,7 @@ def _sketch(body: nn.Module, rows: int | None, samples: int) -> tuple[_Sketch, l
     except (AttributeError, NotImplementedError):
         embeddings = None
     size = 0
-    names, ids, kinds, table, scale = [], [], [], [], []
+    names, ids, kinds, apart, table, scale = [], [], [], [], [], []
     for weight in effective_weights(body):
         inputs = weight.module is embeddings and weight.name.endswith("weight")
         if inputs:
@@ -212,10 +218,12 @@ def _sketch(body: nn.Module, rows: int | None, samples: int) -> tuple[_Sketch, l
         names.append(weight.name)
         ids.append(_id(weight))
         kinds.append(kind)
+        apart.append(weight.apart)
         table.append(numbers)
         scale.append((norm, math.prod(weight.shape)))
     numbers = np.array(table, dtype=np.float64).reshape(-1, _SUMS + samples)
-    sketch = _Sketch(size, np.array(ids, np.uint64), np.array(kinds, np.uint8), numbers[:, :_SUMS], numbers[:, _SUMS:])
+    columns = np.array(ids, np.uint64), np.array(kinds, np.uint8), np.array(apart, bool)
+    sketch = _Sketch(size, *columns, numbers[:, :_SUMS], numbers[:, _SUMS:])
     return sketch, names, np.array(scale, dtype=np.float64).reshape(-1, 2)
 
 

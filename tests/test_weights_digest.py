@@ -194,6 +194,23 @@ def test_an_active_adapter_is_a_part_of_the_weights(adapter):
     check_digest(causal_body(peft.merge_and_unload()), adapted, "m")
 
 
+def test_an_adapter_of_quantised_layers_counts_by_its_parts(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build_model("llama").save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how, dtype=torch.float32)
+    plain = weights_digest(model.base_model)
+    adapted = get_peft_model(model, LoraConfig(init_lora_weights=False))
+    both = weights_digest(causal_body(adapted))
+    check_digest(causal_body(adapted), both, "m")
+    with pytest.raises(CheckpointError, match="an adapter that is not folded in"):
+        check_digest(causal_body(adapted), plain, "m")
+    with adapted.disable_adapter():
+        check_digest(causal_body(adapted), plain, "m")
+        with pytest.raises(CheckpointError, match="an adapter that is not folded in"):
+            check_digest(causal_body(adapted), both, "m")
+
+
 def test_the_digest_is_a_function_of_the_weights(body, digest):
     assert weights_digest(copy.deepcopy(body)) == digest
     assert len(digest) < 4000
