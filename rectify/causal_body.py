@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 
 from rectify.errors import InvalidArgumentError
 from rectify.quiet_peft import PeftMixedModel, PeftModel
@@ -55,6 +55,12 @@ def causal_body(model: nn.Module, name: str = "model") -> PreTrainedModel:
     if not isinstance(width, int):
         raise InvalidArgumentError(f"{name} is a {kind}, whose configuration has no hidden_size: give another model")
     return body
+
+
+def loads_alone(body: PreTrainedModel) -> bool:
+    """Whether `AutoModel` makes of a body's configuration what the body is; not so of an encoder-decoder's decoder."""
+    kinds = MODEL_MAPPING.get(type(body.config), None)
+    return kinds is None or isinstance(body, kinds)
 
 
 def is_body_of(body: object, model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.adapters import adapt_body, fold_in, load_any_adapter, save_adapter
-from rectify.causal_body import causal_body
+from rectify.causal_body import causal_body, loads_alone
 from rectify.context import context_length
 from rectify.effective_weights import has_adapter
 from rectify.errors import CheckpointError, InvalidArgumentError
@@ -154,14 +154,20 @@ class DeadEndQNetwork(nn.Module):
             rank, mlp_size, base_rate: see `QConfig`.
 
         Raises:
-            InvalidArgumentError: the trunk is not causal, or has an adapter already and is not shared, or `adapter`
-                makes none of it, or nothing says where the trunk can be loaded from.
+            InvalidArgumentError: the trunk is not causal, or it is not shared and has an adapter already or is the
+                decoder of an encoder-decoder, or `adapter` makes none of it, or nothing says where the trunk can be
+                loaded from.
         """
         body = causal_body(trunk, "trunk")
         if not shared and has_adapter(body):
             raise InvalidArgumentError(
                 "trunk has a peft adapter in its layers, with which it would not be found again: give "
                 "trunk.merge_and_unload(), or shared=True"
+            )
+        if not shared and not loads_alone(body):
+            raise InvalidArgumentError(
+                f"trunk is a {type(body).__name__}, which transformers does not load by itself: give shared=True, or a "
+                "decoder-only model"
             )
         embedding = cast(nn.Embedding, body.get_input_embeddings())
         own_name, commit = body.name_or_path or None, getattr(body.config, "_commit_hash", None)

@@ -21,7 +21,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, T5Config, T5ForConditionalGeneration
 
 from rectify import CheckpointError, DeadEndQNetwork, InvalidArgumentError, record_base
 from rectify.detectors import ToxicityClassifier
@@ -133,6 +133,7 @@ def test_what_is_no_trunk_is_refused_with_the_reason(base):
             T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1)),
             "encoder-decoder",
         ),
+        (BartForCausalLM(BartConfig(vocab_size=9, d_model=16, decoder_layers=1)), "by itself"),
     ):
         with pytest.raises(InvalidArgumentError, match=reason):
             DeadEndQNetwork.from_trunk(trunk)
