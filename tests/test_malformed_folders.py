@@ -639,6 +639,14 @@ def test_a_tokenizer_that_is_none_is_refused(damaged, kind, damage):
     refused(LOADERS[kind], folder)
 
 
+def test_a_tokenizer_over_which_its_library_panics_is_refused(tmp_path):
+    folder = save_byte_model(tmp_path, merges=(("s", "o"),))
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["model"]["continuing_subword_prefix"] = "##"  # of which the merges know nothing
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    assert "panicked" in refused(load_language_model, folder)
+
+
 @pytest.mark.parametrize("value", [0, -1, "64", [], None, True, float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", ["hf", "encoder", "model"])
 def test_a_longest_length_that_is_none_is_refused(damaged, kind, value):
