@@ -43,7 +43,7 @@ from rectify.q_network import QConfig
 from rectify.rephrasing.sentences import Sentence
 from rectify.rephrasing.substitutions import Substitutions, SubstitutionsConfig
 from rectify.scoring.cascade import CascadeConfig, CascadeScorer
-from rectify.scoring.load import load_scorer
+from rectify.scoring.load import allow_flag, load_scorer
 from rectify.scoring.pocket import PocketScorer, ScorerConfig
 from rectify.sentence_encoder import SentenceEncoder
 from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
@@ -803,7 +803,8 @@ def test_commands_refuse_a_command_in_a_folder(tmp_path, capsys, command):
     marker = tmp_path / "marker"
     CascadeConfig(f"process:touch {marker}", "stub", 1.0).save_pretrained(tmp_path / "cascade")
     line = said_by(capsys, main, *command, f"cascade:{tmp_path / 'cascade'}")
-    assert "--allow" in line
+    assert line.endswith(f"--allow 'process:touch {marker}'")
+    assert allow_flag(f"pocket:{tmp_path}") == ""
     assert not marker.exists()
 
 
