@@ -101,7 +101,10 @@ def read_tokenizer(place: str | Path, revision: str | None = None) -> PreTrained
     """
     if isinstance(place, Path):
         _check_files(place)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, revision=revision or "main", **GIVEN)
+    tokenizer: PreTrainedTokenizerBase
+    with _panics_as_errors():
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision or "main", **GIVEN)
+        tokenizer("a")  # some that lack a token for what they do not know say so only now
     # without its files transformers makes one of special tokens alone
     if len(tokenizer) < _FEWEST_TOKENS and set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise CheckpointError(f"the tokenizer at {str(place)!r} has no token of text: are its files there?")
@@ -111,8 +114,18 @@ def read_tokenizer(place: str | Path, revision: str | None = None) -> PreTrained
             f"the tokenizer at {str(place)!r} has model_max_length {longest!r}: give a number above 0"
         )
     tokenizer.model_max_length = int(longest)
-    tokenizer("a")  # some that lack a token for what they do not know say so only now
     return tokenizer
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Make an error of the panics by which the tokenizers library, written in Rust, ends over some damaged files."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # which is no `Exception`
+            raise
+        raise ValueError(f"the tokenizers library panicked: {first_line(error)}") from error
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

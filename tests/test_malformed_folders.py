@@ -43,7 +43,7 @@ from rectify.q_network import QConfig
 from rectify.rephrasing.sentences import Sentence
 from rectify.rephrasing.substitutions import Substitutions, SubstitutionsConfig
 from rectify.scoring.cascade import CascadeConfig, CascadeScorer
-from rectify.scoring.load import load_scorer
+from rectify.scoring.load import allow_flag, load_scorer
 from rectify.scoring.pocket import PocketScorer, ScorerConfig
 from rectify.sentence_encoder import SentenceEncoder
 from rectify.static_risk import StaticRiskConfig, StaticTokenRisk
@@ -639,6 +639,14 @@ def test_a_tokenizer_that_is_none_is_refused(damaged, kind, damage):
     refused(LOADERS[kind], folder)
 
 
+def test_a_tokenizer_over_which_its_library_panics_is_refused(tmp_path):
+    folder = save_byte_model(tmp_path, merges=(("s", "o"),))
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["model"]["continuing_subword_prefix"] = "##"  # of which the merges know nothing
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    assert "panicked" in refused(load_language_model, folder)
+
+
 @pytest.mark.parametrize("value", [0, -1, "64", [], None, True, float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", ["hf", "encoder", "model"])
 def test_a_longest_length_that_is_none_is_refused(damaged, kind, value):
@@ -795,7 +803,8 @@ def test_commands_refuse_a_command_in_a_folder(tmp_path, capsys, command):
     marker = tmp_path / "marker"
     CascadeConfig(f"process:touch {marker}", "stub", 1.0).save_pretrained(tmp_path / "cascade")
     line = said_by(capsys, main, *command, f"cascade:{tmp_path / 'cascade'}")
-    assert "--allow" in line
+    assert line.endswith(f"--allow 'process:touch {marker}'")
+    assert allow_flag(f"pocket:{tmp_path}") == ""
     assert not marker.exists()
 
 

@@ -92,10 +92,15 @@ def check_saved(spec: str, place: str, allow: Sequence[str] = ()) -> None:
     if kind in _RUN_OR_CALL and spec not in allow:
         raise CheckpointError(
             f"{place} is {spec!r}, which {_RUN_OR_CALL[kind]}, and a file may not name such a scorer: if you trust it, "
-            f"name it yourself (--allow {shlex.quote(spec)})"
+            f"name it yourself:{allow_flag(spec)}"
         )
     if kind == "keywords" and not Path(argument).expanduser().is_file():
         raise CheckpointError(f"{place} is {spec!r}, where no file is: put the word list there")
+
+
+def allow_flag(spec: str) -> str:
+    """The flag, after a blank, that a folder needs which names this scorer; nothing where it needs none."""
+    return f" --allow {shlex.quote(spec)}" if spec.partition(":")[0] in _RUN_OR_CALL else ""
 
 
 def add_allow(parser: argparse._ActionsContainer) -> None:

@@ -20,6 +20,7 @@ from rectify.scoring.cascade import (
     log_odds,
     toxicity_by,
 )
+from rectify.scoring.load import allow_flag
 from rectify.text_files import TEXT_COLUMN, read_labelled_texts
 from rectify.training.score_calibration import calibration_temperature
 
@@ -105,7 +106,8 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"cascade: threshold {config.threshold:.4g}, temperatures {small:.4g} and {large:.4g}; {said}")
     if picture:
         say(f"curves: {picture}")
-    say(f"cascade: saved in {arguments.output_dir}; use it as cascade:{arguments.output_dir}")
+    flags = "".join(allow_flag(spec) for spec in dict.fromkeys((arguments.small, arguments.large)))
+    say(f"cascade: saved in {arguments.output_dir}; use it as cascade:{arguments.output_dir}{flags}")
 
 
 def main(argv: list[str] | None = None, prog: str = "rectify train cascade") -> int:
