@@ -15,7 +15,7 @@ from rectify.evaluation.detector_intervals import THRESHOLD, detector_difference
 from rectify.evaluation.functional_tests import FunctionalTest, functional_accuracy
 from rectify.evaluation.plotting import can_plot
 from rectify.evaluation.run_tables import Table
-from rectify.json_files import sha256_of, write_figures
+from rectify.json_files import sha256_of, write_figures, write_whole
 from rectify.scoring.scores import Scorer
 from rectify.text_files import LabelledText
 
@@ -100,7 +100,7 @@ def compare_detectors(
     write_figures(output_dir / "metrics.json", metrics)
     tables = detector_tables(metrics)
     report = "\n".join(f"## {table.title}\n\n{table.markdown()}\n{table.note}\n" for table in tables)
-    (output_dir / "report.md").write_text(f"# Detectors\n\n{report}", encoding="utf-8")
+    write_whole(output_dir / "report.md", f"# Detectors\n\n{report}")
     if can_plot():
         _calibration_plot(scored, labels).savefig(output_dir / "calibration.png", dpi=120)
         _matrix_plot(metrics).savefig(output_dir / "matrix.png", dpi=120)

@@ -15,7 +15,7 @@ from rectify.evaluation.moderation import flagged_differences, flagged_estimates
 from rectify.evaluation.moderation_agreement import OURS, Agreement, agreement_of, agreement_plot, read_judged
 from rectify.evaluation.plotting import can_plot
 from rectify.evaluation.run_tables import Table
-from rectify.json_files import sha256_of, write_figures, write_json
+from rectify.json_files import sha256_of, write_figures, write_json, write_whole
 from rectify.training.moderation import read_judged_pairs
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def compare_moderations(
     output_dir.mkdir(parents=True, exist_ok=True)
     write_figures(output_dir / "metrics.json", metrics)
     report = _markdown(f"Moderation of {len(rows)} pairs", _tables(metrics))
-    (output_dir / "report.md").write_text(report, encoding="utf-8")
+    write_whole(output_dir / "report.md", report)
     return report
 
 
