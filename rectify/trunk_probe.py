@@ -108,8 +108,9 @@ def probe_texts(trunk: nn.Module, length: int, shared: int) -> Tensor:
         if name.endswith(("_id", "_ids", "_index"))
         for each in (value if isinstance(value, list | tuple) else [value])
     }
-    size = trunk.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-    size = min(size, getattr(own, "vocab_size", size))
+    weight = getattr(trunk.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    sizes = [getattr(own, "vocab_size", None), None if weight is None else weight.shape[0]]
+    size = min(each for each in sizes if isinstance(each, int))
     tokens = [token for token in range(size // 8, size) if token not in special] or [*range(size)]
     step = max(1, len(tokens) // (2 * length))
     first = [tokens[place * step % len(tokens)] for place in range(length)]
@@ -169,15 +170,42 @@ class _Probe:
             raise self._refusal("the states of its texts change with what follows them")
         numbers = self._holds(self._numbered)
         pads = batches and numbers and self._holds(self._padded)
-        if batches and self.length > _PADDING + 3:
+        if batches and self.length > _PADDING + 3 and self._knows_places(numbers):
             if pads and self._holds(partial(self._kept, _PADDING)):
                 return Abilities(caches=True, rotation=self.rotation)
             if self._holds(partial(self._kept, 0)):
                 return Abilities(caches=True, pads=False, numbers=numbers, rotation=self.rotation)
         return Abilities(False, pads, batches, numbers, self.rotation)
 
+    def _knows_places(self, numbers: bool, own: bool = False) -> bool:
+        """Whether a cache tells where the next token stands, also after a padding token that is a part of the text.
+
+        Some models count the tokens that are no padding. Those that may be told positions do not.
+        """
+        padding = getattr(self.config, "pad_token_id", None)
+        if (self.positions and numbers) or not isinstance(padding, int) or not 0 <= padding < self.config.vocab_size:
+            return True
+        ids = self.texts.clone()
+        ids[:, self.shared] = padding
+        cache = DynamicCache(config=self.config) if own else growing_cache()
+        name = self._cache_name() if own else "past_key_values"
+        try:
+            parts = [
+                self.trunk(input_ids=part, use_cache=True, **{name: cache}).last_hidden_state
+                for part in (ids[:, : self.shared], *ids[:, self.shared :].split(1, 1))
+            ]
+        except Exception:  # another trial says whether it keeps any
+            return True
+        return self._same(torch.cat(parts, 1), self._run(ids))
+
+    def _cache_name(self) -> str:
+        names = inspect.signature(self.trunk.forward).parameters
+        return "past_key_values" if "past_key_values" in names else "cache_params"
+
     def own_cache(self) -> OwnCache:
         end = self.length - 2
+        if not self._knows_places(self._holds(self._numbered), own=True):
+            return OwnCache(False, False, False)
         for made in (True, False):
             if self._holds(partial(self._steps, made, end, _PADDING)):
                 return OwnCache(True, True, True)
@@ -191,9 +219,7 @@ class _Probe:
 
         Another text is read in between: some models keep a part of what they have read in themselves.
         """
-        names = inspect.signature(self.trunk.forward).parameters
-        name = "past_key_values" if "past_key_values" in names else "cache_params"
-        cache = DynamicCache(config=self.config) if made else None
+        name, cache = self._cache_name(), DynamicCache(config=self.config) if made else None
         ids, mask = self._shifted(padding)
         expected = torch.stack((self.states[0].roll(padding, 0), self.states[1]))
         real = mask.bool()[..., None]

@@ -17,7 +17,7 @@ KINDS = {
     "minimax": "right without a cache",  # its own cache does not reorder all that it holds
     "phi3": "right",  # longer texts are rotated in another way
     "modernbert-decoder": "right",  # its output embedding does not read the last state
-    "roberta": "right",  # counts positions from the padding token
+    "roberta": "right without a cache",  # counts the tokens that are no padding
     "deepseek_v3": "right",  # latent attention
     "gemma3_text": "right",  # windows in some layers
     "bloom": "right",  # distances instead of positions

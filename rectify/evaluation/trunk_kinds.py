@@ -192,6 +192,10 @@ def prefixes_asked() -> Iterator[tuple[str, Tensor]]:
     padded[0, :5] = padded[1, :1] = MASKED
     for length in (10, 11, 12, LENGTH):
         yield "padded", padded[:, :length]
+    written = ids.clone()
+    written[0, 6] = written[1, 8] = 0
+    for length in (6, 7, 9, 10):
+        yield "a padding token in the text", written[:, :length]
     other = draw(3, 10, 3)
     other[1, 3:6] = MASKED
     yield "padded between", other
