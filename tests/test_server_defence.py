@@ -584,6 +584,7 @@ def test_pages_of_other_sites_may_call_only_where_they_were_let_in(server):
         ):
             asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
             asked["Access-Control-Request-Headers"] = "content-type,x-goog-api-key"
+            asked["Access-Control-Request-Private-Network"] = "true"
             response = requests.options(url, headers=asked, timeout=10)
             assert (response.status_code == 200) is allowed
             assert origin_of(response) == (origin if allowed else None)
