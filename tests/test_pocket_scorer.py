@@ -1,6 +1,7 @@
 """The bundled scorer: its form, its recipe's parts, and how it is compared with Perspective."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -37,6 +38,15 @@ def test_a_batch_is_scored_as_each_text_alone_in_its_order(make_scorer):
     assert together.values == pytest.approx(alone, abs=1e-6)
     assert make_scorer(batch_size=2).score(TEXTS, ATTRIBUTES).values == pytest.approx(alone, abs=1e-6)
     assert together.values.std(axis=0).min() > 1e-4
+
+
+def test_threads_may_score_at_once(make_scorer):
+    scorer, batches = make_scorer(), [[text * count for text in TEXTS] for count in range(1, 9)]
+    assert scorer.reentrant
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda texts: scorer.score(texts, ATTRIBUTES).values, batches))
+    for texts, values in zip(batches, together, strict=True):
+        assert np.array_equal(values, scorer.score(texts, ATTRIBUTES).values)
 
 
 def test_a_text_without_a_word_has_a_reason_and_an_unknown_attribute_is_refused(make_scorer):

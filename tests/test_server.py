@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+import resource
 import socket
 import threading
 import time
@@ -630,6 +631,25 @@ def test_the_command_names_what_it_cannot_use(monkeypatch, capsys):
         ):
             assert serve_command.main(arguments) == 2
             assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "most", "places", "raised"),
+    [
+        (256, 10**6, (1024, 1024), 2304),
+        (256, resource.RLIM_INFINITY, (1024, 1024), 2304),
+        (4096, 4096, (1024, 1024), 4096),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, (1024, 1024), resource.RLIM_INFINITY),
+        (256, 1024, (384, 384), 1024),
+        (100, 100, (8, 8), 100),
+    ],
+)
+def test_there_are_as_many_connections_as_files_may_be_open(files, most, places, raised, monkeypatch):
+    limits = [(files, most)]
+    monkeypatch.setattr(resource, "getrlimit", lambda what: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda what, given: limits.append(given))
+    assert serve_command._places() == places
+    assert limits[-1] == (raised, most)
 
 
 @pytest.mark.parametrize("value", ["", " ", ",", " , "])

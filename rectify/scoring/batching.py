@@ -80,13 +80,12 @@ class Batcher:
             raise InvalidArgumentError(f"max_delay is {max_delay}: give seconds from 0 to 10")
         self.scorer = scorer
         self.max_batch, self.max_delay, self.max_waiting = max_batch, max_delay, max_waiting
-        self._short, self._long = _Queue(), _Queue()
+        self._short, self._long = _Queue("short"), _Queue("long")
         self._open: set[_Call] = set()
         self._number = 0
         self._alone: AbstractAsyncContextManager[None] = (
             nullcontext() if getattr(scorer, "reentrant", False) else asyncio.Lock()
         )
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="scorer")
         self._closed = False
 
     async def score(self, texts: Sequence[str], attributes: Sequence[str], flow: Flow | None = None) -> Scores:
@@ -137,8 +136,8 @@ class Batcher:
         for call in self._open:
             if not call.answer.done():
                 call.answer.set_exception(UnavailableError("the batcher is closed: make another"))
-        self._short, self._long = _Queue(), _Queue()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for queue in (self._short, self._long):
+            queue.close()
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -149,16 +148,16 @@ class Batcher:
                 await asyncio.sleep(self.max_delay)
             async with self._alone:
                 for attributes, calls in queue.take(self.max_batch).items():
-                    await self._answer(attributes, calls)
+                    await self._answer(queue.thread, attributes, calls)
 
-    async def _answer(self, attributes: tuple[str, ...], calls: list[_Call]) -> None:
+    async def _answer(self, thread: ThreadPoolExecutor, attributes: tuple[str, ...], calls: list[_Call]) -> None:
         began = time.monotonic()
         try:
-            answers = await self._scored(attributes, calls)
+            answers = await self._scored(thread, attributes, calls)
         except Exception as error:  # whatever it is, the others are none the worse for it
             if len(calls) > 1 and (time.monotonic() - began) * len(calls) < _SECONDS_TO_TELL_APART:
                 for call in calls:
-                    await self._answer(attributes, [call])
+                    await self._answer(thread, attributes, [call])
                 return
             # the error's own message may hold a text
             texts = sum(len(call.texts) for call in calls)
@@ -171,10 +170,12 @@ class Batcher:
             if not call.answer.done():
                 call.answer.set_result(answer)
 
-    async def _scored(self, attributes: tuple[str, ...], calls: list[_Call]) -> list[Scores]:
+    async def _scored(
+        self, thread: ThreadPoolExecutor, attributes: tuple[str, ...], calls: list[_Call]
+    ) -> list[Scores]:
         """The scores of each call."""
         texts = [text for call in calls for text in call.texts]
-        scores = await asyncio.get_running_loop().run_in_executor(self._threads, self.scorer.score, texts, attributes)
+        scores = await asyncio.get_running_loop().run_in_executor(thread, self.scorer.score, texts, attributes)
         if len(scores) != len(texts):
             raise ValueError(f"{len(scores)} scores for {len(texts)} texts")
         return [
@@ -186,7 +187,9 @@ class Batcher:
 class _Queue:
     """Calls that wait for their turn: a flow's calls have turns one behind another, those of a new flow the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        # of its own, as the C library gives each thread memory of its own, and long texts take much
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"scorer of {name} calls")
         self._calls: list[_Call] = []
         self.waiting = 0  # texts
         self.turn = 0  # that of the call which was taken last
@@ -200,6 +203,11 @@ class _Queue:
         heapq.heappush(self._calls, call)
         self.waiting += len(call.texts)
         self.arrived.set()
+
+    def close(self) -> None:
+        self._calls.clear()
+        self.waiting = 0
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
     def take(self, max_batch: int) -> dict[tuple[str, ...], list[_Call]]:
         """The next batch, its calls by what they ask for."""

@@ -230,7 +230,9 @@ class _Connection(H11Protocol, asyncio.BufferedProtocol):
         if self.transport.is_closing():
             return _Step.CLOSED
         if self.cycle is not None and not self.cycle.response_complete:
-            return _Step.BODY if self.cycle.more_body else _Step.WORK
+            if self.cycle.more_body:
+                return _Step.BODY
+            return _Step.ANSWER if self.flow.write_paused else _Step.WORK  # answers to earlier requests are not taken
         if self.transport.get_write_buffer_size():
             return _Step.ANSWER
         if self.conn.their_state is h11.SEND_BODY:

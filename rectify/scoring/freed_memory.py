@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_LARGE = 2**22  # bytes; a batch of short texts takes less
+
 
 @contextmanager
 def memory_given_back(seconds: float = 10.0) -> Iterator[None]:
@@ -15,6 +18,7 @@ def memory_given_back(seconds: float = 10.0) -> Iterator[None]:
     if trim is None:
         yield
         return
+    _set_large_apart()
     stop = threading.Event()
 
     def work() -> None:
@@ -26,6 +30,11 @@ def memory_given_back(seconds: float = 10.0) -> Iterator[None]:
         yield
     finally:
         stop.set()
+
+
+def _set_large_apart() -> None:
+    """Let large blocks come from the system and go back to it one by one, from where they cannot split what remains."""
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 def _trim() -> Callable[[int], int] | None:

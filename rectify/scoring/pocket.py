@@ -179,7 +179,8 @@ class PocketScorer:
             return [], []
         # without offsets, which a score needs nothing of, it takes half the time
         fast = cast(Any, self.tokenizer).backend_tokenizer
-        wanted = {"max_length": self.config.max_length, "stride": self.config.max_length // 4}
+        wanted: dict[str, Any] = {"max_length": self.config.max_length, "stride": self.config.max_length // 4}
+        wanted |= {"strategy": "longest_first", "direction": "right"}
         with self._settling:  # another thread may be reading, and then nothing may be set
             if fast.padding is not None or not wanted.items() <= (fast.truncation or {}).items():
                 fast.enable_truncation(**wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -122,7 +123,10 @@ def make_app(
 
 def _cross_origin(origins: Sequence[str]) -> dict[str, Any]:
     """The settings of CORS: no credentials but keys, which pages of other sites must know themselves."""
+    # a site in the internet that calls a server on the person's own machine, where starlette knows of it
+    private = "allow_private_network" in inspect.signature(CORSMiddleware).parameters
     return {
+        **({"allow_private_network": True} if private else {}),
         "allow_origins": origins,
         "allow_methods": ["GET", "HEAD", "POST"],
         "allow_headers": ["*"],  # Google's clients for browsers send many of their own
