@@ -109,7 +109,8 @@ def _listed(file: TextFile, line: int, text: str) -> Iterator[tuple[str, Any]]:
         place = _after_blanks(text, place + 1)
         number += 1
     ends = text.startswith("]", place)
-    rest = text[place + ends :].strip()
+    place = _after_blanks(text, place + ends)
+    rest = text[place:].strip()
     if rest or not ends:
         line += _line_ends(text, counted, place)
         found = f"{rest[:20]!r} stands {'after' if ends else 'in'} it" if rest else "it does not end"

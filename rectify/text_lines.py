@@ -206,8 +206,8 @@ class TextFile:
         try:
             return content.decode(encoding).encode("utf-8")
         except UnicodeDecodeError as error:
-            before = content[: error.start].decode(encoding, errors="ignore")
-            number = len(before.encode("utf-8", errors="replace").splitlines()) or 1
+            before = content[: error.start].decode(encoding, errors="ignore").encode("utf-8", errors="replace")
             raise self.refusal(
-                f"{error.reason}: the file begins as {encoding.upper()} does, and is none: save it as UTF-8", number
+                f"{error.reason}: the file begins as {encoding.upper()} does, and is none: save it as UTF-8",
+                len((before + b".").splitlines()),
             ) from error
