@@ -16,6 +16,7 @@ _NAMES = {",": "comma", "\t": "tab", ";": "semicolon"}
 _LONGEST_CELL = 2**24  # characters; the csv module's own limit, 2**17, is below what long documents need
 _QUOTED = r'"[^"]*(?:""[^"]*)*"'
 _ESCAPED = r'"(?:[^"\\]|\\.)*"'
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 Lines = Callable[[], Iterable[tuple[int, str]]]
@@ -258,7 +259,4 @@ def _is_literal(file: TextFile, lines: Lines) -> bool:
 
 def _are_numbers(rows: Sequence[list[str]], place: int) -> bool:
     """Whether a column holds numbers under its name."""
-    try:
-        return bool([float(row[place]) for row in rows[1:]])
-    except ValueError:
-        return False
+    return all(_NUMBER.fullmatch(row[place]) for row in rows[1:])

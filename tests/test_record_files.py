@@ -13,11 +13,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rectify.errors import RectifyError, TrajectoryError
+from rectify.builders.cmd_records import ScoredPrompt
+from rectify.builders.cmd_records import read_records as read_stage
+from rectify.cli import main
+from rectify.detectors.templates import TEMPLATES
+from rectify.errors import PromptError, RectifyError, TrajectoryError
+from rectify.evaluation.language_model import read_lines
+from rectify.evaluation.preference_pairs import preference_records
+from rectify.evaluation.q_quality import read_pairs as read_counterfactuals
+from rectify.evaluation.toxicity_prompts import prompt_toxicity
+from rectify.generation.prompts import Prompt, read_prompts_file
 from rectify.json_files import json_line, parse_json
 from rectify.record_files import read_rows
 from rectify.scoring.records import read_records
 from rectify.text_files import read_labelled_texts, read_texts
+from rectify.training.instruction_rows import read_instruction_rows
+from rectify.training.moderation import read_judged_pairs
+from rectify.training.trajectory_data import read_trajectories
 
 DEEP = 100_000
 LONG = 200_000
@@ -251,6 +263,91 @@ def test_several_files_are_read_side_by_side(tmp_path):
     assert len(next(one)[1]["text"]) == len(next(other)[1]["text"]) == 200_000
     list(one)
     assert len(next(other)[1]["text"]) == 200_000
+
+
+READERS = {
+    "trajectories": (read_trajectories, {"text": "a", "reward": 0}),
+    "preferences": (lambda paths: list(preference_records(paths[0])), {"chosen": "a", "rejected": "b"}),
+    "pairs": (
+        lambda paths: read_counterfactuals(paths[0]),
+        {"kind": "a", "harmless": "b", "toxic": "c", "next": "d"},
+    ),
+    "samples": (lambda paths: read_lines(paths[0]), {"text": "a"}),
+    "records": (lambda paths: list(read_stage(paths[0], ScoredPrompt)), None),
+    "prompts_file": (lambda paths: read_prompts_file(paths[0]), {"prompt": "a"}),
+    "alpaca": (
+        lambda paths: read_instruction_rows(paths, TEMPLATES["toxic"], ["text"], ["label"]),
+        {"instruction": "a", "output": "Label: toxic"},
+    ),
+    "judged": (
+        lambda paths: read_judged_pairs(map(str, paths)),
+        {"prompt": "a", "response": "b", "category": {"c": 1}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_refuses_by_the_line(tmp_path, name):
+    reader, record = READERS[name]
+    path = tmp_path / "x.jsonl"
+    fine = "" if record is None else json.dumps(record)
+    for bad in (
+        "[" * DEEP,
+        '{"a": ' * DEEP,
+        '{"a": 1, "a": 2}',
+        "1" * 5000,
+        '{"text": NaN, "reward": NaN}',
+        "\0",
+        "\udcff",
+    ):
+        if name == "samples" and bad not in ("\0", "\udcff"):
+            continue  # of plain text, which this is
+        path.write_text(f"\ufeff{fine}\r\n\n{bad}\n", errors="surrogateescape", newline="")
+        with pytest.raises(RectifyError, match="line 3") as caught:
+            reader([path])
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400 + len(str(tmp_path))
+    for missing in (tmp_path, tmp_path / "none.jsonl"):
+        with pytest.raises(RectifyError, match="cannot be read"):
+            reader([missing])
+
+
+def test_numbers_are_no_instructions_and_scores_that_are_unknown_select_nothing(tmp_path):
+    (tmp_path / "a.json").write_text('[\n{"instruction": 5, "output": "Label: toxic"}]')
+    with pytest.raises(TrajectoryError, match="line 2, record 0: 5 stands where a text should be"):
+        read_instruction_rows([tmp_path / "a.json"], TEMPLATES["toxic"], ["text"], ["label"])
+    values = [float("nan"), None, 0.5, "0.5", 7, 10**400]
+    prompts = [Prompt.of({"prompt": {"text": "a", "toxicity": value}}) for value in values]
+    assert [prompt_toxicity(prompt) for prompt in prompts[:3]] == [None, None, 0.5]
+    for prompt in prompts[3:]:
+        with pytest.raises(PromptError, match=r"toxicity .*give a number from 0 to 1"):
+            prompt_toxicity(prompt)
+
+
+def test_commands_refuse_in_one_line(tmp_path, capsys):
+    files = {
+        "a.csv": b"label,text\n1,Shut up, you idiot\n",
+        "b.jsonl": b"[" * DEEP,
+        "c.jsonl": '"a"'.encode("utf-16-le"),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        path, folder = str(tmp_path / name), ["--output_dir", str(tmp_path / "out")]
+        for command in (
+            ["score", path],
+            ["detect", path, "--detector", "pocket"],
+            ["build", "trajectories", "--texts", path, "--label_column", "label", *folder],
+            ["train", "detector", "--model_name_or_path", "pocket", "--train_files", path, *folder],
+            ["generate", "--prompts_file", path],
+            ["train", "q", "--model_name_or_path", "pocket", "--train_file", path, *folder],
+        ):
+            assert main(command) == 2
+            said = capsys.readouterr()
+            assert said.out == ""
+            assert said.err.count("\n") == 1
+            assert f"{name}', line " in said.err
+    assert main(["detect", "--detector", "pocket", "--text", "a\udcff"]) == 2
+    assert "text 1: no valid Unicode" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
