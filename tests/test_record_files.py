@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import re
 import threading
 
 import pytest
@@ -52,6 +53,14 @@ TABLES = {
     "a quote that another row closes": ("tsv", 'b\ta\n1\t"shut up\n0\thello"\n', [('"shut up', "1"), ('hello"', "0")]),
     "the text before the label": ("tsv", 'a\tb\n"shut up\t1\nhello"\t0\n', [('"shut up', "1"), ('hello"', "0")]),
     "text after the quote": ("tsv", 'b\ta\n1\t"shut" up\n', [('"shut" up', "1")]),
+    "two quotes alone": ("tsv", 'b\ta\n0\t"\n1\t"\n', [('"', "0"), ('"', "1")]),
+    "quotes around a tab": ("tsv", 'a\tb\n"x\ty"\n', [('"x', 'y"')]),
+    "quotes around nothing": ("tsv", 'a\tb\n""\t1\nhe said "x"\t0\n', [('""', "1"), ('he said "x"', "0")]),
+    "doubled quotes and loose ones": (
+        "tsv",
+        'a\tb\n"say ""x"""\t1\n5" disk\t0\n',
+        [('say "x"', "1"), ('5" disk', "0")],
+    ),
     "a quote alone": ("tsv", 'b\ta\n1\t"\n0\thello\n', [('"', "1"), ("hello", "0")]),
     "whole quotes and loose ones": ("tsv", 'a\tb\nhe said "x"\t1\n"y"\t0\n', [('he said "x"', "1"), ('"y"', "0")]),
     "words that might be either": ("tsv", 'b\ta\nOFF\t"shut up\nNOT\thello"\n', "line 2: a cell begins with a quote"),
@@ -425,7 +434,7 @@ def test_a_damaged_file_is_refused_or_has_the_rows_that_another_reader_finds(tmp
         return
     text = path.read_bytes().decode()
     if kind == "jsonl":
-        assert found == [json.loads(line) for line in text.split("\n") if line.strip()]
+        assert found == [json.loads(line) for line in re.split("[\r\n]", text) if line.strip()]
         return
     rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter="," if kind == "csv" else "\t") if row]
     rows = [row for row in rows if len(row) == len(rows[0]) or "".join(row).strip()]
