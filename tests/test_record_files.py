@@ -9,6 +9,7 @@ import lzma
 import os
 import re
 import threading
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given, settings
@@ -255,13 +256,22 @@ def test_what_is_undefined_is_not_written_as_json_knows_it_not():
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
 @pytest.mark.parametrize(
-    ("name", "content"), [("x.tsv", 'text\tn\n"a\t1\n'), ("x.json", '["\\"a"]'), ("x.txt", '"a\n')]
+    ("name", "content", "expected"),
+    [
+        ("x.tsv", b'text\tn\n"a\t1\n', '"a'),
+        ("x.json", b'["a"]', "a"),
+        ("x.txt", '"é\n'.encode("utf-16"), '"é'),
+        ("x.jsonl", gzip.compress(b'"a"'), "a"),
+        ("x.jsonl", b'"fine"\n"\xff"\n', None),
+        ("x.jsonl", b'"fine"\n"\x00"\n', None),
+    ],
 )
-def test_pipes_are_read_once(tmp_path, name, content):
+def test_pipes_are_read_once(tmp_path, name, content, expected):
     os.mkfifo(tmp_path / name)
-    writer = threading.Thread(target=(tmp_path / name).write_text, args=(content,))
+    writer = threading.Thread(target=(tmp_path / name).write_bytes, args=(content,))
     writer.start()
-    assert read_texts([tmp_path / name]) == ['"a']
+    with nullcontext() if expected else pytest.raises(TrajectoryError, match="line 2"):
+        assert read_texts([tmp_path / name]) == [expected]
     writer.join()
 
 
