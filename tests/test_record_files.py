@@ -19,13 +19,13 @@ from rectify.builders.cmd_records import ScoredPrompt
 from rectify.builders.cmd_records import read_records as read_stage
 from rectify.cli import main
 from rectify.detectors.templates import TEMPLATES
-from rectify.errors import PromptError, RectifyError, TrajectoryError
+from rectify.errors import InvalidArgumentError, PromptError, RectifyError, TrajectoryError
 from rectify.evaluation.language_model import read_lines
 from rectify.evaluation.preference_pairs import preference_records
 from rectify.evaluation.q_quality import read_pairs as read_counterfactuals
 from rectify.evaluation.toxicity_prompts import prompt_toxicity
 from rectify.generation.prompts import Prompt, read_prompts_file
-from rectify.json_files import json_line, parse_json
+from rectify.json_files import json_line, parse_json, read_object
 from rectify.record_files import read_rows
 from rectify.scoring.records import read_records
 from rectify.text_files import read_labelled_texts, read_texts
@@ -341,6 +341,14 @@ def test_numbers_are_no_instructions_and_scores_that_are_unknown_select_nothing(
     for prompt in prompts[3:]:
         with pytest.raises(PromptError, match=r"toxicity .*give a number from 0 to 1"):
             prompt_toxicity(prompt)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * DEEP, '{"a": 1, "a": 2}', "\udcff"])
+def test_what_a_run_wrote_is_broken(tmp_path, content):
+    (tmp_path / "settings.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(InvalidArgumentError, match=r"settings.json' is broken .*remove it") as caught:
+        read_object(tmp_path / "settings.json")
+    assert "\n" not in str(caught.value)
 
 
 def test_commands_refuse_in_one_line(tmp_path, capsys):
