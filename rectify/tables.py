@@ -12,7 +12,7 @@ from rectify.text_lines import TextFile
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
-_NAMES = {",": "comma", "\t": "tab", ";": "semicolon"}
+_NAMES = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 _LONGEST_CELL = 2**24  # characters; the csv module's own limit, 2**17, is below what long documents need
 _QUOTED = r'"[^"]*(?:""[^"]*)*"'
 _ESCAPED = r'"(?:[^"\\]|\\.)*"'
@@ -70,7 +70,7 @@ class _Header:
 
     def __init__(self, file: TextFile, names: list[str], delimiter: str, number: int) -> None:
         self._file, self._names, self._delimiter = file, names, delimiter
-        other = next((sign for sign in "\t;," if sign in names[0]), None) if len(names) == 1 else None
+        other = next((sign for sign in "\t;,|" if sign in names[0]), None) if len(names) == 1 else None
         if other is not None:
             raise file.refusal(
                 f"the header is one column, {names[0][:60]!r}: write the table with a {_NAMES[delimiter]} between "
@@ -161,6 +161,8 @@ def _quoted_rows(file: TextFile, lines: Iterable[tuple[int, str]], delimiter: st
 
 def _badly_quoted(file: TextFile, taken: list[str], first: int, delimiter: str, error: csv.Error) -> RectifyError:
     """The refusal of a row, by the line on which that cell begins which does not end as it should."""
+    if "field limit" in str(error):
+        return file.refusal(f"a cell of more than {_LONGEST_CELL} characters: close quotes, or give JSON lines", first)
     text = "".join(taken)
     cell = _cell(_QUOTED, delimiter)
     place = 0
