@@ -81,6 +81,30 @@ _BLANK = " \t\n\r"
 _DECODER: Any = json.JSONDecoder(object_pairs_hook=_object)
 
 
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds that a run has written.
+
+    Raises:
+        InvalidArgumentError: it is broken.
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidArgumentError(f"{str(path)!r} is broken ({error}): remove it and run again") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file that a run has written.
+
+    Raises:
+        InvalidArgumentError: it is broken, or holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InvalidArgumentError(f"{str(path)!r} is broken (it is no object): remove it and run again")
+    return value
+
+
 def append_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Append JSON lines to a file, all or none of them; on disk before this returns.
 

@@ -54,6 +54,21 @@ def json_lines(file: TextFile) -> Iterator[tuple[int, Any]]:
     return _parsed(file, file.lines())
 
 
+def parse_line(line: str) -> Any:
+    """Return the JSON value of a line that is not blank.
+
+    Raises:
+        ValueError: it is none; the message says what to give.
+    """
+    try:
+        return parse_json(line)
+    except ValueError as error:
+        line = line.strip()
+        open_end = line[:1] in ("{", "[") and line[-1:] not in ("}", "]")
+        how = " (jq -c . makes them of values over several lines)" if open_end else ""
+        raise ValueError(f"no JSON ({error}): give one JSON value a line{how}") from error
+
+
 def is_missing(row: Any, text: str) -> bool:
     """Whether a text is what other programs write into tables, of strings alone, where there is none, as `nan`."""
     return text in _MISSING and isinstance(row, dict) and all(isinstance(cell, str | None) for cell in row.values())
@@ -77,17 +92,10 @@ def _parsed(file: TextFile, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[
         if line.isspace():
             continue
         try:
-            value = parse_json(line)
+            value = parse_line(line)
         except ValueError as error:
-            raise file.refusal(
-                f"no JSON ({error}): give one JSON value a line{_hint(line)}, or a .csv, .tsv or .txt file", number
-            ) from error
+            raise file.refusal(f"{error}, or a .csv, .tsv or .txt file", number) from error
         yield number, value
-
-
-def _hint(line: str) -> str:
-    line = line.strip()
-    return " (jq -c . makes them of values over several lines)" if line[0] in "{[" and line[-1] not in "}]" else ""
 
 
 def _listed(file: TextFile, line: int, text: str) -> Iterator[tuple[str, Any]]:
@@ -109,7 +117,8 @@ def _listed(file: TextFile, line: int, text: str) -> Iterator[tuple[str, Any]]:
         place = _after_blanks(text, place + 1)
         number += 1
     ends = text.startswith("]", place)
-    rest = text[place + ends :].strip()
+    place = _after_blanks(text, place + ends)
+    rest = text[place:].strip()
     if rest or not ends:
         line += _line_ends(text, counted, place)
         found = f"{rest[:20]!r} stands {'after' if ends else 'in'} it" if rest else "it does not end"

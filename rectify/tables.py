@@ -12,10 +12,11 @@ from rectify.text_lines import TextFile
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
-_NAMES = {",": "comma", "\t": "tab", ";": "semicolon"}
+_NAMES = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 _LONGEST_CELL = 2**24  # characters; the csv module's own limit, 2**17, is below what long documents need
 _QUOTED = r'"[^"]*(?:""[^"]*)*"'
 _ESCAPED = r'"(?:[^"\\]|\\.)*"'
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 Lines = Callable[[], Iterable[tuple[int, str]]]
@@ -69,7 +70,7 @@ class _Header:
 
     def __init__(self, file: TextFile, names: list[str], delimiter: str, number: int) -> None:
         self._file, self._names, self._delimiter = file, names, delimiter
-        other = next((sign for sign in "\t;," if sign in names[0]), None) if len(names) == 1 else None
+        other = next((sign for sign in "\t;,|" if sign in names[0]), None) if len(names) == 1 else None
         if other is not None:
             raise file.refusal(
                 f"the header is one column, {names[0][:60]!r}: write the table with a {_NAMES[delimiter]} between "
@@ -117,37 +118,40 @@ def _quoted_rows(file: TextFile, lines: Iterable[tuple[int, str]], delimiter: st
     if csv.field_size_limit() < _LONGEST_CELL:
         csv.field_size_limit(_LONGEST_CELL)  # and never back, as another reader may be under way
     numbered = iter(lines)
-    taken: list[str] = []  # the lines of a row with quotes
-    pending: list[str] = []
+    pending = ""  # a line that the csv module has not taken yet
+    more: list[str] = []  # the lines of a row but the first
 
     def rest() -> Iterator[str]:
+        nonlocal pending
         while True:
             if pending:
-                yield pending.pop()
-                continue
-            following = next(numbered, None)
-            if following is None:
-                return
-            taken.append(following[1])
-            yield following[1]
+                line, pending = pending, ""
+            else:
+                following = next(numbered, None)
+                if following is None:
+                    return
+                line = following[1]
+                more.append(line)
+            yield line
 
     reader = csv.reader(rest(), delimiter=delimiter, strict=True)
     returns: bool | None = None  # whether lines end with carriage returns alone
     for number, line in numbered:
-        end = line
-        if '"' not in line:
-            cells = line.rstrip("\r\n").split(delimiter)
-            if cells == [""]:
-                continue
-        else:
-            taken[:] = pending[:] = [line]
+        if '"' in line:
+            pending = line
+            if more:
+                more.clear()
             try:
                 cells = next(reader)
             except csv.Error as error:
-                raise _badly_quoted(file, taken, number, delimiter, error) from error
-            if any('\\"' in one for one in taken):
-                _check_escapes(file, taken, number, delimiter, len(cells))
-            end = taken[-1]
+                raise _badly_quoted(file, [line, *more], number, delimiter, error) from error
+            if "\\" in line or more:
+                _check_escapes(file, line + "".join(more), number, delimiter, len(cells))
+        else:
+            cells = line.rstrip("\r\n").split(delimiter)
+            if cells == [""]:
+                continue
+        end = more[-1] if more and '"' in line else line
         if end.endswith("\r") is not returns:
             if returns is not None and end.endswith(("\r", "\n")):
                 raise file.refusal("lines end with carriage returns and with line feeds: let all end alike", number)
@@ -157,6 +161,8 @@ def _quoted_rows(file: TextFile, lines: Iterable[tuple[int, str]], delimiter: st
 
 def _badly_quoted(file: TextFile, taken: list[str], first: int, delimiter: str, error: csv.Error) -> RectifyError:
     """The refusal of a row, by the line on which that cell begins which does not end as it should."""
+    if "field limit" in str(error):
+        return file.refusal(f"a cell of more than {_LONGEST_CELL} characters: close quotes, or give JSON lines", first)
     text = "".join(taken)
     cell = _cell(_QUOTED, delimiter)
     place = 0
@@ -167,9 +173,10 @@ def _badly_quoted(file: TextFile, taken: list[str], first: int, delimiter: str, 
     return file.refusal(f"a cell begins with a quote and does not end with one ({error}): close it, and {how}", number)
 
 
-def _check_escapes(file: TextFile, taken: list[str], first: int, delimiter: str, width: int) -> None:
+def _check_escapes(file: TextFile, text: str, first: int, delimiter: str, width: int) -> None:
     """Refuse lines that would make other rows, of the same width, if a backslash escaped a quote."""
-    text = "".join(taken)
+    if '\\"' not in text:
+        return
     escaped = _raw_rows(text, _cell(_ESCAPED, delimiter), delimiter)
     if any(len(row) != width for row in escaped) or escaped == _raw_rows(text, _cell(_QUOTED, delimiter), delimiter):
         return
@@ -217,6 +224,8 @@ def _is_literal(file: TextFile, lines: Lines) -> bool:
         RectifyError: they may be meant either way, and rows depend on it.
     """
     whole = re.compile(_QUOTED)
+    cell = r'(?:"[^"\t]*(?:""[^"\t]*)*"|[^"\t]*)'
+    as_quoted = re.compile(rf"{cell}(?:\t{cell})*")
     tabs, open_line = -1, 0
     quoted = inside = doubled = False
     for number, line in lines():
@@ -227,12 +236,17 @@ def _is_literal(file: TextFile, lines: Lines) -> bool:
             tabs = text.count("\t")
         elif text.count("\t") != tabs:
             return False
-        if '"' in text:
-            for cell in text.split("\t"):
-                if not cell.startswith('"'):
-                    inside = inside or '"' in cell  # which no writer that quotes leaves so
-                elif whole.fullmatch(cell):
-                    quoted, doubled = True, doubled or '""' in cell[1:-1]
+        if '"' not in text:
+            continue
+        if as_quoted.fullmatch(text):
+            quoted = True
+            doubled = doubled or ('""' in text and any('""' in each[1:-1] for each in text.split("\t")))
+        else:
+            for each in text.split("\t"):
+                if not each.startswith('"'):
+                    inside = inside or '"' in each  # which no writer that quotes leaves so
+                elif whole.fullmatch(each):
+                    quoted, doubled = True, doubled or '""' in each[1:-1]
                 else:
                     open_line = open_line or number
     if not open_line:
@@ -258,7 +272,4 @@ def _is_literal(file: TextFile, lines: Lines) -> bool:
 
 def _are_numbers(rows: Sequence[list[str]], place: int) -> bool:
     """Whether a column holds numbers under its name."""
-    try:
-        return bool([float(row[place]) for row in rows[1:]])
-    except ValueError:
-        return False
+    return all(_NUMBER.fullmatch(row[place]) for row in rows[1:])

@@ -97,6 +97,20 @@ def test_terms_of_a_table_by_their_severity(tmp_path):
         KeywordScorer(path)
 
 
+def test_a_list_as_people_bring_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffmild\rharsh\u2028word\r".encode())
+    assert KeywordScorer(tmp_path / "a.txt").score(["so mild", "harsh", "harsh word"])["TOXICITY"].tolist() == [1, 0, 1]
+    for name, content, said in (
+        ("a.csv", "text\nnan\n", "line 2: 'nan' stands where a term should be"),
+        ("b.csv", "text\nmild, word\n", "line 2: 2 cells, more than the 1"),
+        ("c.txt", "mild\n" + "[" * 100_000, "line 2: a term of 100000 characters"),
+        ("d.txt", "mild\na\0b", "line 2: a NUL"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InvalidArgumentError, match=f"keywords '.*{name}', {said}"):
+            KeywordScorer(tmp_path / name)
+
+
 def test_a_list_without_terms_or_a_file_is_refused(tmp_path, keywords):
     with pytest.raises(InvalidArgumentError, match="holds no term"):
         keywords(" ", "")

@@ -1,5 +1,6 @@
 """Prompts from arguments, files and standard input: what is read, and what is refused."""
 
+import gzip
 import io
 import os
 
@@ -36,6 +37,35 @@ def test_a_bad_line_is_named_or_counted(tmp_path, line):
     assert ([prompt.text for prompt in prompts], skipped) == (["fine", "fine too"], 1)
 
 
+def test_bad_lines_are_told_of(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf"one"\r"\xff"\n' + b"[" * 100_000 + b'\n"two"\n7\n')
+    told = {}
+    prompts, skipped = read_prompts_file(path, skip_bad_lines=True, on_skip=told.__setitem__)
+    assert ([prompt.text for prompt in prompts], skipped) == (["one", "two"], 3)
+    assert [(number, why.partition(":")[0][:20]) for number, why in told.items()] == [
+        (2, "cannot be read as UT"),
+        (3, "no JSON (nested deep"),
+        (5, "no prompt in it"),
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path, encoding):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('"one é"\n{"prompt": "two"}\n'.encode(encoding))
+    assert [prompt.text for prompt in read_prompts_file(path)[0]] == ["one é", "two"]
+    path = path.with_suffix(".jsonl.gz")
+    path.write_bytes(gzip.compress('"one é"\n{"prompt": "two"}\n'.encode(encoding)))
+    assert [prompt.text for prompt in read_prompts_file(path)[0]] == ["one é", "two"]
+
+
+def test_prompts_of_standard_input_as_a_file(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf"one"\n\n"two"\r\n'))
+    monkeypatch.setattr("sys.stdin", stream)
+    assert [prompt.text for prompt in read_prompts_file("-")[0]] == ["one", "two"]
+
+
 def test_a_line_separator_inside_a_string_does_not_split_a_line(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('"one\u2028still one\x85"\n', encoding="utf-8")
@@ -61,6 +91,20 @@ def test_standard_input_from_a_pipe():
     os.close(writer)
     with os.fdopen(reader) as stream:
         assert [prompt.text for prompt in read_standard_input(stream)] == ["one", " two"]
+
+
+def test_standard_input_in_another_encoding():
+    for given, expected in ((b"\xef\xbb\xbfone\r two", ["one", " two"]), ("é\n".encode("utf-16"), ["é"])):
+        reader, writer = os.pipe()
+        os.write(writer, given)
+        os.close(writer)
+        with os.fdopen(reader) as stream:
+            assert [prompt.text for prompt in read_standard_input(stream)] == expected
+    reader, writer = os.pipe()
+    os.write(writer, b"one\n\xe9\n")
+    os.close(writer)
+    with os.fdopen(reader) as stream, pytest.raises(PromptError, match=r"standard input .*line 2: .*UTF-8"):
+        read_standard_input(stream)
 
 
 def test_standard_input_that_is_closed_silent_or_not_a_file(monkeypatch):

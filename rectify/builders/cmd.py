@@ -9,7 +9,6 @@ from another file, is refused.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ from rectify.errors import InvalidArgumentError
 from rectify.generation.generator import Generator, shared_context
 from rectify.generation.output import GenerationFile
 from rectify.generation.prompts import Prompt, numbered
-from rectify.json_files import file_sha256, sha256_of
+from rectify.json_files import file_sha256, read_object, sha256_of
 from rectify.rephrasing.filler import Filler
 from rectify.scoring.scores import Scorer
 
@@ -267,7 +266,7 @@ class CmdBuild:
         beside = self.path(stage).with_name(f"{stage}.jsonl.settings.json")
         if not self.path(stage).exists() or not beside.exists():
             raise InvalidArgumentError(f"output_dir {str(self.folder)!r} holds no {stage}.jsonl: run {stage} first")
-        return json.loads(beside.read_text(encoding="utf-8"))
+        return read_object(beside)
 
     def counts(self, stage: str) -> StageCounts:
         """The counts of a stage but the last, when it is done."""

@@ -16,7 +16,7 @@ from rectify.json_files import json_line
 from rectify.sampling import Sampling
 from rectify.scoring.load import add_allow
 from rectify.scoring.scores import Reason
-from rectify.text_files import TEXT_COLUMN, read_texts
+from rectify.text_files import TEXT_COLUMN, check_unicode, read_texts
 
 
 def make_parser(prog: str) -> Parser:
@@ -66,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     sampling = {name: getattr(arguments, name) for name in ("temperature", "top_p", "top_k")}
     if not arguments.do_sample and any(value is not None for value in sampling.values()):
         raise InvalidArgumentError("temperature, top_p or top_k is given without do_sample: add --do_sample")
+    for number, text in enumerate(arguments.text or (), start=1):
+        check_unicode(text, f"text {number}")
     texts = arguments.text or read_texts(arguments.files, arguments.text_column)
     writing = Writing(
         write=arguments.write or arguments.do_sample,

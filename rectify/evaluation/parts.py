@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rectify.errors import InvalidArgumentError
-from rectify.json_files import parse_json, write_json
+from rectify.json_files import read_json, read_object, write_json
 
 KEY_FILE = "key.json"
 
@@ -36,7 +36,7 @@ class Parts:
         if not place.exists():
             write_json(place, key)
             return
-        former = read_json(place)
+        former = read_object(place)
         for name in {**former, **key}:
             if former.get(name) != key.get(name):
                 raise InvalidArgumentError(
@@ -83,18 +83,6 @@ class Parts:
                     f"output {str(self.folder)!r} lacks part {number}: run the stage that makes it first"
                 )
             yield read_json(self.path(number))
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        InvalidArgumentError: it is broken.
-    """
-    try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidArgumentError(f"{str(path)!r} is broken ({error}): remove it and run again") from error
 
 
 def shard(numbers: Iterable[int], process: int, processes: int) -> list[int]:

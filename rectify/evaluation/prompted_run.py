@@ -21,7 +21,7 @@ from tqdm import tqdm
 from rectify.command_line import say
 from rectify.errors import InvalidArgumentError
 from rectify.evaluation.fluency import prompted_nll
-from rectify.evaluation.parts import KEY_FILE, Parts, read_json, shard
+from rectify.evaluation.parts import KEY_FILE, Parts, shard
 from rectify.evaluation.run_plan import automatic_batch_size, ordered, planned_batch_size
 from rectify.evaluation.run_settings import SELF, RunSettings
 from rectify.evaluation.teacher_forcing import forced_nll
@@ -30,7 +30,7 @@ from rectify.evaluation.weights import Provenance, weights_digest
 from rectify.generation.generator import Continuation, Generator, continue_with, shared_context
 from rectify.generation.prompts import Prompt, read_prompts_file
 from rectify.hub import DTYPES, load_language_model
-from rectify.json_files import sha256_of
+from rectify.json_files import read_json, sha256_of
 from rectify.methods.method import Decoder, Method
 from rectify.sampling import Sampling
 from rectify.scoring.load import load_scorer

@@ -11,9 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rectify.errors import InvalidArgumentError
-from rectify.evaluation.parts import read_json
 from rectify.generation.prompts import Prompt
-from rectify.json_files import write_json
+from rectify.json_files import read_json, write_json
 from rectify.trunk_states import input_device
 
 PLAN_FILE = "plan.json"

@@ -183,7 +183,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     prompts, skipped = _fitting(generator, prompts, decoder, arguments.skip_bad_lines)
     if skipped:
-        notes.append(f"prompts: {skipped} skipped, too long for the context or without a token")
+        which = ", ".join(map(str, skipped[:_SHOWN])) + (", …" if skipped[_SHOWN:] else "")
+        notes.append(f"prompts: {len(skipped)} skipped, too long for the context or without a token: {which}")
     settings = _settings(generator, method, arms, prompts, arguments)
     file = GenerationFile(arguments.output, settings) if arguments.output else None
     # said only now, so that a refusal is one line
@@ -201,14 +202,17 @@ def run(arguments: argparse.Namespace) -> None:
         say(_summary(statistics))
 
 
-def _fitting(generator: Generator, prompts: list[Prompt], decoder: Decoder, skip: bool) -> tuple[list[Prompt], int]:
-    """The prompts that fit the context, and how many were left out."""
+def _fitting(
+    generator: Generator, prompts: list[Prompt], decoder: Decoder, skip: bool
+) -> tuple[list[Prompt], list[int]]:
+    """The prompts that fit the context, and the numbers of those that were left out, from 1."""
     unusable = generator.unusable(prompts, shared_context(generator.model, decoder.reads))
     if skip and len(unusable) < len(prompts):
-        return [prompt for index, prompt in enumerate(prompts) if index not in unusable], len(unusable)
+        kept = [prompt for index, prompt in enumerate(prompts) if index not in unusable]
+        return kept, [index + 1 for index in unusable]
     for index, message in unusable.items():
         raise PromptError(f"prompt {index + 1}: {message}")
-    return prompts, 0
+    return prompts, []
 
 
 def _show(generator: Generator, arms: Arms, prompts: list[Prompt], batch_size: int, tracing: bool) -> list[PromptTrace]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rectify.errors import PromptError
-from rectify.json_files import parse_json
+from rectify.record_files import parse_line
 from rectify.splits import record_key
 from rectify.text_lines import TextFile, decode_line
 
@@ -99,7 +99,7 @@ def read_prompts_file(
         if not line.strip():
             continue
         try:
-            prompts.append(Prompt.of(parse_json(decode_line(line))))
+            prompts.append(Prompt.of(parse_line(decode_line(line))))
         except ValueError as error:  # PromptError too is of this kind
             if not skip_bad_lines:
                 raise file.refusal(f"{error} (or pass --skip_bad_lines)", number) from error

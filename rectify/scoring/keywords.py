@@ -12,11 +12,12 @@ import numpy as np
 
 from rectify.errors import InvalidArgumentError
 from rectify.json_files import sha256_of
-from rectify.record_files import read_rows
+from rectify.record_files import is_missing, read_rows
 from rectify.scoring.scores import Scores, check_attributes, reason_against
 from rectify.tables import DELIMITERS
 from rectify.text_lines import TextFile
 
+_LONGEST_TERM = 100  # characters
 _SEVERITY_COLUMNS = ("severity", "severity_rating")
 
 
@@ -86,7 +87,7 @@ def read_terms(path: Path, min_severity: float | None = None) -> list[str]:
             f"min_severity is {min_severity:g}, but keywords {str(path)!r} has no severities: leave it out or give a "
             ".csv file with a column severity"
         )
-    return [term for _, term in file.texts()]
+    return [_short(term, file.place(number)) for number, term in file.texts()]
 
 
 def _taken(row: dict[str, str | None], min_severity: float | None, place: str) -> bool:
@@ -105,4 +106,14 @@ def _term(row: dict[str, str | None], place: str) -> str:
     term = row.get("text")
     if term is None:
         raise InvalidArgumentError(f"{place}: no column 'text': call the column of the terms so")
+    if is_missing(row, term):
+        raise InvalidArgumentError(f"{place}: {term!r} stands where a term should be: leave out rows without one")
+    return _short(term, place)
+
+
+def _short(term: str, place: str) -> str:
+    if len(term) > _LONGEST_TERM:  # a pattern of it might be nested too deeply
+        raise InvalidArgumentError(
+            f"{place}: a term of {len(term)} characters: give {_LONGEST_TERM} at most, one a line"
+        )
     return term

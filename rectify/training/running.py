@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from rectify.errors import InvalidArgumentError
-from rectify.json_files import write_json
+from rectify.json_files import read_object, write_json
 
 SETTINGS_FILE = "run_settings.json"
 RESULTS_FILE = "all_results.json"
@@ -59,7 +59,7 @@ def checkpoint_to_resume(arguments: TrainingArguments, finished: str, **settings
     beside = folder / SETTINGS_FILE
     checkpoint = _last_complete(folder)
     if checkpoint is not None and beside.exists():
-        former = json.loads(beside.read_text(encoding="utf-8"))
+        former = read_object(beside)
         differing = [name for name in {**former, **wanted} if former.get(name) != wanted.get(name)]
         if differing:
             name = differing[0]
@@ -77,7 +77,7 @@ def check_same(folder: Path, wanted: dict[str, Any]) -> None:
     """Refuse to take what another training has finished for a part of this one."""
     former: dict[str, Any] = {SETTINGS_FILE: "nothing"}
     if (folder / SETTINGS_FILE).exists():
-        former = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        former = read_object(folder / SETTINGS_FILE)
     wanted = json.loads(json.dumps(wanted, default=str))
     name = next((name for name in former if former[name] != wanted.get(name)), None)
     if name is not None:
@@ -125,7 +125,7 @@ def _last_complete(folder: Path) -> str | None:
 
 def _is_complete(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read_object(checkpoint / "trainer_state.json")
+    except (OSError, InvalidArgumentError):
         return False
     return True

@@ -56,7 +56,7 @@ def _parse(line: str, place: str) -> Trajectory:
     try:
         record = parse_json(line)
     except ValueError as error:
-        raise TrajectoryError(f"{place} is not JSON ({error})") from error
+        raise TrajectoryError(f"{place} is not JSON ({error}): give a JSON object a line") from error
     if not isinstance(record, dict):
         raise TrajectoryError(f"{place} is {type(record).__name__}: give objects with a text and a reward")
     if isinstance(record.get("text"), str):
