@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedModel
@@ -59,7 +59,7 @@ def causal_body(model: nn.Module, name: str = "model") -> PreTrainedModel:
 
 def loads_alone(body: PreTrainedModel) -> bool:
     """Whether `AutoModel` makes of a body's configuration what the body is; not so of an encoder-decoder's decoder."""
-    kinds = MODEL_MAPPING.get(type(body.config), None)
+    kinds: Any = MODEL_MAPPING.get(type(body.config), None)
     return kinds is None or isinstance(body, kinds)
 
 
