@@ -32,7 +32,7 @@ from rectify.hub import check_weights
 logger = logging.getLogger(__name__)
 
 _MARK = "w1"
-_FULL, _BFLOAT16, _FLOAT16, _COARSE, _UNREAD = range(5)
+_FULL, _BFLOAT16, _FLOAT16, _BOTH, _COARSE, _UNREAD = range(6)  # the first four by the formats that hold the values
 _APART = 8
 _SUMS = 2
 _SAMPLES, _LEAST, _MOST = 512, 2, 16
@@ -254,7 +254,7 @@ def _numbers(weight: Weight, samples: int) -> tuple[int, np.ndarray, float]:
         signs = torch.from_numpy(_signs(len(block), 1, start // _BLOCK)).to(wide.device)
         sums += (signs @ wide).cpu().numpy()
         square += float(wide.square().sum())
-    kind = _COARSE if not weight.exact else min(kinds, default=_FULL)
+    kind = sum(kinds) if weight.exact else _COARSE
     total = (sums * _signs(_BLOCK, 2)).sum(-1)
     return kind, np.concatenate([total, values]), float(np.sqrt(square))
 
@@ -302,11 +302,11 @@ def _agree(before: _Sketch, old: np.ndarray, now: _Sketch, new: np.ndarray, scal
     sizes = np.abs(np.stack([before.values[old], now.values[new]]))
     spare = _ARITHMETIC * (sizes.max(0) + mean)
     spare_sums = _ARITHMETIC * norms
-    smaller = sizes.min(0)
-    unit = np.where(smaller > 0, np.exp2(np.floor(np.log2(np.where(smaller > 0, smaller, 1)))), 0)
+    # either may have been rounded to below a power of two, and the other not
+    unit = np.exp2(np.floor(np.log2(sizes.min(0) * (1 + 2.0**-8) + _FLOAT16_STEP)))
     for kind, bits in _BITS.items():
-        # bfloat16 may have been made of float16
-        rounded = (kinds != other) & np.isin([kinds, other], [_BFLOAT16, kind]).any(0)
+        # what bfloat16 holds may have been made of float16
+        rounded = (kinds != other) & np.isin([kinds, other], [_BFLOAT16, _BOTH, kind]).any(0)
         step = _FLOAT16_STEP / 2 if kind == _FLOAT16 else 0.0
         spare += rounded[:, None] * (unit * 2.0**-bits + step)
         spare_sums += rounded * _SPREAD * (2.0**-bits * norms + step * np.sqrt(counts))

@@ -84,6 +84,18 @@ def test_the_same_weights_pass_in_every_precision(body, trained, now, caplog):
     assert not caplog.records
 
 
+def test_so_do_values_that_float16_hardly_holds(body):
+    small = copy.deepcopy(body)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.mul_(1e-4)
+    halves = [copy.deepcopy(small).to(dtype) for dtype in DTYPES]
+    for trained in halves:
+        digest = weights_digest(trained)
+        for now in halves:
+            check_digest(now, digest, "m")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CHANGES)
 def test_other_weights_are_refused_in_every_precision(body, digest, name, dtype):
