@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.errors import InvalidArgumentError
+from rectify.thread_lock import ThreadLocal
 
 
 def follows(real: Tensor) -> Tensor:
@@ -33,8 +33,8 @@ class Padding:
         texts = [*(ends if isinstance(ends, list) else [ends]), getattr(names, "bos_token_id", None)]
         self._pad_is_text = self._pad_token_id in texts
         self._attention_mask: Tensor | None = None
-        self._maker = threading.current_thread().ident
-        self._of_threads: weakref.WeakKeyDictionary[threading.Thread, Tensor | None] = weakref.WeakKeyDictionary()
+        self._maker = threading.get_ident()
+        self._own = ThreadLocal()
 
     def set_attention_mask(self, attention_mask: Tensor | None) -> None:
         """Say where the next prompts have padding; it holds until it is set again.
@@ -58,7 +58,7 @@ class Padding:
         if threading.get_ident() == self._maker:
             self._attention_mask = mask
         else:
-            self._of_threads[threading.current_thread()] = mask
+            self._own.mask = mask
 
     def real(self, input_ids: Tensor) -> Tensor:
         """Where the text is: `[B, T]` ids to `[B, T]` bool, False at padding.
@@ -66,7 +66,7 @@ class Padding:
         Raises:
             InvalidArgumentError: the attention mask is that of other prompts.
         """
-        mask = self._of_threads.get(threading.current_thread(), self._attention_mask)
+        mask = getattr(self._own, "mask", self._attention_mask)
         if mask is not None:
             (prompts, length), (rows, total) = mask.shape, input_ids.shape
             if rows % prompts or total < length:

@@ -1,4 +1,4 @@
-"""A lock for what several threads may use, and what may be copied all the same."""
+"""A lock, and values of single threads, for what several threads may use and what may be copied all the same."""
 
 from __future__ import annotations
 
@@ -20,3 +20,10 @@ class ThreadLock:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ThreadLock, ()
+
+
+class ThreadLocal(threading.local):
+    """Attributes that each thread has of its own; a copy has none."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ThreadLocal, ()

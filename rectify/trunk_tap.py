@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import sys
 import threading
 import weakref
@@ -21,7 +20,7 @@ from rectify.causal_body import causal_body, is_body_of
 from rectify.errors import InvalidArgumentError
 from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.risk_model import RiskModel
-from rectify.thread_lock import ThreadLock
+from rectify.thread_lock import ThreadLocal, ThreadLock
 from rectify.trunk_probe import own_cache_of
 from rectify.trunk_states import Abilities, kept_within, positions_of
 
@@ -108,8 +107,8 @@ class TrunkTap:
         self._names = [*inspect.signature(self.trunk.forward).parameters]
         self._tuned: Any = next(filter(_is_tuned, self.trunk.modules()), None)
         self._setting = self._now()
-        self._numbers = itertools.count()
-        self._local = threading.local()
+        self._runs = 0
+        self._local = ThreadLocal()
         self._lock = ThreadLock()
         self.clear()
         # the model outlives the tap, and must not keep it alive; a copy of the model has a copy of its hooks
@@ -286,8 +285,8 @@ class TrunkTap:
         if past and mask is not None and not self._own_cache.pads:
             sound = sound & mask.all()
         sound = sound & self._positions_agree(given.get("position_ids"), mask, past, count)
-        number, thread = next(self._numbers), threading.get_ident()
-        return _Reading(number, thread, text, embedded, mask, sound, hidden)
+        self._runs += 1
+        return _Reading(self._runs, threading.get_ident(), text, embedded, mask, sound, hidden)
 
     def _positions_agree(self, told: Any, mask: Tensor | None, past: int, count: int) -> Tensor | bool:
         """Whether the positions are those that the Q network's own runs have."""

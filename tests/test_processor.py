@@ -1,6 +1,8 @@
 """The processor by itself: padding, single calls, statistics, vocabularies, and what it refuses."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from decoding import (
     prompts,
 )
 
-from rectify import Cap, InvalidArgumentError, RectificationProcessor, Tilt, VocabularyMismatchError
+from rectify import Cap, DeadEndQNetwork, InvalidArgumentError, RectificationProcessor, Tilt, VocabularyMismatchError
 
 # --- padding
 
@@ -338,3 +340,16 @@ def test_beam_sampling_keeps_one_token_more_than_there_are_ends(make_model, q_ne
     processor = RectificationProcessor(q_network, model=model, do_sample=True, top_k=1, num_beams=2)
     kept = processor(prompts(), torch.randn(1, VOCABULARY)) > -math.inf
     assert kept.sum() == 3
+
+
+def test_a_processor_may_be_copied_and_sent_to_another_process(model, q_network):
+    ids = prompts(2, 5)
+    processor = RectificationProcessor(q_network, RULE, do_sample=False)
+    expected = decode(model, ids, processor)
+    for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        assert torch.equal(decode(model, ids, other), expected)
+    network = DeadEndQNetwork.from_trunk(model, shared=True, rank=8)
+    shared = RectificationProcessor(network, RULE, model=model, do_sample=False)
+    expected = decode(model, ids, shared)
+    assert torch.equal(decode(model, ids, RectificationProcessor(network, RULE, do_sample=False)), expected)
+    copy.deepcopy(shared)
