@@ -48,7 +48,7 @@ MAX_STALL, MAX_GROWTH, MIN_RATE = 0.5, 20.0, 300.0  # seconds, MB, requests a se
 PROBE_SECONDS = 0.02
 PATIENCE = 20.0  # longer than the server waits for a head
 AT_ONCE = 12
-WARM_UP = 2000
+WARM_UP, WARM_UP_SECONDS = 2000, 3
 SETTLING = 12.0  # the server gives memory back every ten seconds
 TEXTS = 5000
 
@@ -245,15 +245,17 @@ async def attack(port: int, server: psutil.Process, calls: Calls, arguments: arg
     opened = [0]
     crowd = [asyncio.create_task(slow(port, number % 6, opened)) for number in range(arguments.crowd)]
     requests, statuses = iter(WildRequests(arguments.seed, MARKER)), Counter[str]()
-    begin = time.perf_counter()
-    for count in (min(WARM_UP, arguments.requests), max(0, arguments.requests - WARM_UP)):
-        before = megabytes(server)  # in the end: after the warm-up
-        share = islice(requests, count)
+    shares = min(WARM_UP, arguments.requests), max(0, arguments.requests - WARM_UP)
+    for number, share in enumerate(islice(requests, count) for count in shares):
+        before, begin = megabytes(server), time.perf_counter()  # in the end: after the warm-up
         await asyncio.gather(*(wild(port, share, statuses) for _ in range(AT_ONCE)))
-        seconds_taken = time.perf_counter() - begin
-        await asyncio.sleep(SETTLING)
-    after = megabytes(server)
+        wild_seconds = time.perf_counter() - begin
+        if number == 0:
+            await busy(port, calls, arguments.clients, WARM_UP_SECONDS)
+            await asyncio.sleep(SETTLING)
     rate, seconds, verdicts = await busy(port, calls, arguments.clients, arguments.seconds)
+    await asyncio.sleep(SETTLING)
+    after = megabytes(server)
     stop.set()
     waits, probed = await asyncio.to_thread(results.get, True, PATIENCE * 2)
     watcher.join()
@@ -263,7 +265,7 @@ async def attack(port: int, server: psutil.Process, calls: Calls, arguments: arg
     good = probed + verdicts
     return {
         "wild_requests": sum(statuses.values()),
-        "wild_per_second": round(arguments.requests / seconds_taken, 1),
+        "wild_per_second": round(shares[-1] / wild_seconds, 1),
         "statuses": dict(sorted(statuses.items())),
         "crowd": arguments.crowd,
         "crowd_connections": opened[0],
@@ -276,7 +278,7 @@ async def attack(port: int, server: psutil.Process, calls: Calls, arguments: arg
         "probe_p99_ms": round(1e3 * sorted(waits)[len(waits) * 99 // 100], 1),
         "longest_stall_s": round(max(waits), 3),
         "rss_mb": round(before, 1),
-        "rss_growth_mb": round(max(after, megabytes(server)) - before, 1),
+        "rss_growth_mb": round(after - before, 1),
         "clients": arguments.clients,
         "requests_per_second": round(rate, 1),
         "requests_in_slowest_second": min(seconds),
