@@ -139,7 +139,8 @@ def save_adapter(model: PeftModel, folder: Path, base_model: str, state: Mapping
     # peft's own save_pretrained adds a model card, and looks the backbone up on the Hub
     adapter.save_pretrained(str(folder))
     weights = _weights(model, state=state)
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS_FILE)
+    # copied, as layers of some kinds share theirs
+    save_file({name: weight.clone().contiguous() for name, weight in weights.items()}, folder / WEIGHTS_FILE)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:

@@ -26,6 +26,7 @@ class Weight(NamedTuple):
         module: whose it is.
         exact: not restored from fewer bits.
         apart: a part of an adapter that is active and not folded in.
+        folded: with an adapter folded in, so that half precision rounded it more than once.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Weight(NamedTuple):
     module: nn.Module
     exact: bool = True
     apart: bool = False
+    folded: bool = False
 
 
 def effective_weights(module: nn.Module, prefix: str = "") -> Iterator[Weight]:
@@ -48,7 +50,8 @@ def effective_weights(module: nn.Module, prefix: str = "") -> Iterator[Weight]:
     """
     inner = _without_adapter(module)
     if inner is not module:
-        yield from effective_weights(inner, prefix)
+        folded = isinstance(module, BaseTunerLayer) and bool(_present(module)) and not module.disable_adapters
+        yield from (each._replace(folded=folded) for each in effective_weights(inner, prefix))
         return
     if isinstance(module, BaseTunerLayer):
         yield from effective_weights(module.get_base_layer(), prefix)
@@ -106,8 +109,7 @@ def _without_adapter(module: nn.Module) -> nn.Module:
         return cast(nn.Module, module.modules_to_save[active[0]] if own else module.original_module)
     if not isinstance(module, BaseTunerLayer):
         return module
-    present = set(module.active_adapters) & set(module._get_available_adapters())
-    if module.disable_adapters or module.merged or not present:
+    if module.disable_adapters or module.merged or not _present(module):
         return module.get_base_layer()
     if any(type(each).__name__ in _QUANTIZED for each in module.get_base_layer().parameters()):
         return module
@@ -117,6 +119,11 @@ def _without_adapter(module: nn.Module) -> nn.Module:
     except Exception:  # every kind that cannot be folded in has its own
         return module
     return cast(nn.Module, merged.get_base_layer())
+
+
+def _present(layer: BaseTunerLayer) -> set[str]:
+    """The adapters of a layer that are active."""
+    return set(layer.active_adapters) & set(layer._get_available_adapters())
 
 
 def _here(module: nn.Module) -> AbstractContextManager[Any]:

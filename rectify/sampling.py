@@ -27,6 +27,7 @@ from rectify.errors import InvalidArgumentError
 _WARPERS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 _NUCLEUS = 512
+_EXACT = 1024.0
 
 
 class NucleusWarper(TopPLogitsWarper):
@@ -39,8 +40,11 @@ class NucleusWarper(TopPLogitsWarper):
         """`[B, V]` scores, `-inf` outside the nucleus."""
         if scores.device.type != "cpu" or scores.shape[-1] <= 2 * _NUCLEUS:
             return super().__call__(input_ids, scores)
+        normaliser = scores.logsumexp(-1, keepdim=True)
+        if float(normaliser.abs().amax()) > _EXACT:  # rounded too coarsely to be taken away
+            return super().__call__(input_ids, scores)
         kept = torch.full_like(scores, self.filter_value)
-        self._keep(scores, scores.logsumexp(-1, keepdim=True), kept, _NUCLEUS)
+        self._keep(scores, normaliser, kept, _NUCLEUS)
         return kept  # type: ignore[return-value]
 
     def _keep(self, scores: Tensor, normaliser: Tensor, kept: Tensor, size: int) -> None:
@@ -173,7 +177,7 @@ class Sampling:
                     f"{name} is {more[name]}, and generate would warp after the rule, which undoes it: give {name} to "
                     "the processor instead"
                 )
-        if self.do_sample is not None and more.get("do_sample", self.do_sample) != self.do_sample:
+        if self.do_sample is not None and more.get("do_sample") not in (None, self.do_sample):
             raise InvalidArgumentError(
                 f"do_sample is {more['do_sample']}, and was {self.do_sample} before: give do_sample to the processor "
                 "instead"

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 _MARK = "w1"
 _FULL, _BFLOAT16, _FLOAT16, _BOTH, _COARSE, _UNREAD = range(6)  # the first four by the formats that hold the values
-_APART = 8
+_APART, _FOLDED = 8, 16
 _SUMS = 2
 _SAMPLES, _LEAST, _MOST = 512, 2, 16
 _BLOCK, _BLOCKS = 4096, 512  # values under one row of signs, and rows at a time
@@ -43,6 +43,7 @@ _QUANTIZED = 0.5  # the mean square of relative differences: of 4 bits about 0.0
 _BITS = {_BFLOAT16: 8, _FLOAT16: 11}
 """Of a significand: rounding changes a value of `[2^e, 2^(e+1))` by `2^(e − bits)` at most."""
 _FLOAT16_STEP = 2.0**-24
+_ROUNDINGS = 4  # of a weight into which an adapter was folded
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class _Sketch:
         ids: `[W]` uint64 hashes of names and shapes.
         kinds: `[W]` uint8: the format that holds all values of the weight, or how it was read.
         apart: `[W]` bool: whether it is a part of an adapter.
+        folded: `[W]` bool: whether an adapter is folded in.
         sums: `[W, 2]` float64.
         values: `[W, K]` float64, at places that depend on the number of values alone.
     """
@@ -62,12 +64,13 @@ class _Sketch:
     ids: np.ndarray
     kinds: np.ndarray
     apart: np.ndarray
+    folded: np.ndarray
     sums: np.ndarray
     values: np.ndarray
 
     def __str__(self) -> str:
         table = np.zeros(len(self.ids), dtype=_row(self.values.shape[1]))
-        table["id"], table["kind"] = self.ids, self.kinds + _APART * self.apart
+        table["id"], table["kind"] = self.ids, self.kinds + _APART * self.apart + _FOLDED * self.folded
         table["numbers"] = np.concatenate([self.sums, self.values], 1)
         text = base64.b64encode(table.tobytes()).decode("ascii")
         return f"{_MARK}:{self.rows}:{self.values.shape[1]}:{text}"
@@ -80,8 +83,9 @@ class _Sketch:
                 raise ValueError("it is of another form")
             found = np.frombuffer(base64.b64decode(table, validate=True), dtype=_row(int(samples)))
             numbers = found["numbers"].astype(np.float64)
-            kinds, apart = found["kind"] % _APART, found["kind"] >= _APART
-            return cls(int(rows), found["id"], kinds, apart, numbers[:, :_SUMS], numbers[:, _SUMS:])
+            kinds = found["kind"]
+            flags = (kinds & _APART) > 0, (kinds & _FOLDED) > 0
+            return cls(int(rows), found["id"], kinds % _APART, *flags, numbers[:, :_SUMS], numbers[:, _SUMS:])
         except (ValueError, binascii.Error) as error:
             raise CheckpointError(f"base_fingerprint is no digest of weights ({error}): put back the file") from error
 
@@ -208,7 +212,7 @@ def _sketch(body: nn.Module, rows: int | None, samples: int) -> tuple[_Sketch, l
     except (AttributeError, NotImplementedError):
         embeddings = None
     size = 0
-    names, ids, kinds, apart, table, scale = [], [], [], [], [], []
+    names, ids, kinds, apart, folded, table, scale = [], [], [], [], [], [], []
     for weight in effective_weights(body):
         inputs = weight.module is embeddings and weight.name.endswith("weight")
         if inputs:
@@ -219,10 +223,11 @@ def _sketch(body: nn.Module, rows: int | None, samples: int) -> tuple[_Sketch, l
         ids.append(_id(weight))
         kinds.append(kind)
         apart.append(weight.apart)
+        folded.append(weight.folded)
         table.append(numbers)
         scale.append((norm, math.prod(weight.shape)))
     numbers = np.array(table, dtype=np.float64).reshape(-1, _SUMS + samples)
-    columns = np.array(ids, np.uint64), np.array(kinds, np.uint8), np.array(apart, bool)
+    columns = np.array(ids, np.uint64), np.array(kinds, np.uint8), np.array(apart, bool), np.array(folded, bool)
     sketch = _Sketch(size, *columns, numbers[:, :_SUMS], numbers[:, _SUMS:])
     return sketch, names, np.array(scale, dtype=np.float64).reshape(-1, 2)
 
@@ -304,14 +309,17 @@ def _agree(before: _Sketch, old: np.ndarray, now: _Sketch, new: np.ndarray, scal
     spare_sums = _ARITHMETIC * norms
     # either may have been rounded to below a power of two, and the other not
     unit = np.exp2(np.floor(np.log2(sizes.min(0) * (1 + 2.0**-8) + _FLOAT16_STEP)))
+    folded = (before.folded[old] | now.folded[new])[:, None]
     for kind, bits in _BITS.items():
         # what bfloat16 holds may have been made of float16
         rounded = (kinds != other) & np.isin([kinds, other], [_BFLOAT16, _BOTH, kind]).any(0)
         step = _FLOAT16_STEP / 2 if kind == _FLOAT16 else 0.0
-        spare += rounded[:, None] * (unit * 2.0**-bits + step)
+        # base, adapter and sum each, and the base may be larger than the sum
+        coarse_unit = np.where(folded, _ROUNDINGS * (sizes.max(0) + mean), unit)
+        spare += rounded[:, None] * (coarse_unit * 2.0**-bits + step)
         spare_sums += rounded * _SPREAD * (2.0**-bits * norms + step * np.sqrt(counts))
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         fine = (np.abs(sums) <= spare_sums[:, None]).all(-1) & (np.abs(values) <= spare).all(-1)
         parts = np.concatenate([sums / norms[:, None], values / np.maximum(sizes.max(0), mean)], 1)
-    coarse = np.isin([kinds, other], [_COARSE]).any(0)
-    return np.where(coarse, np.square(np.nan_to_num(parts)).mean(-1) <= _QUANTIZED, fine)
+        alike = np.square(np.nan_to_num(parts)).mean(-1) <= _QUANTIZED
+    return np.where(np.isin([kinds, other], [_COARSE]).any(0), alike, fine)

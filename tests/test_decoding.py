@@ -22,9 +22,11 @@ from decoding import (
     prompts,
 )
 from transformers import LogitsProcessor
+from transformers.generation import TopPLogitsWarper
 
 from rectify import Cap, RectificationProcessor, Tilt
 from rectify.rule import rectify
+from rectify.sampling import Sampling
 
 # --- cached and uncached
 
@@ -336,6 +338,13 @@ def test_without_risk_generation_is_that_of_the_base_model(make_model, with_valu
     plain = dict(common, max_new_tokens=12, **processor.sampling.plain_kwargs())
     torch.manual_seed(7)
     assert torch.equal(model.generate(ids, **plain).sequences, base.sequences)
+
+
+@pytest.mark.parametrize("shift", [0.0, 3e3, -1e6, 1e9])
+def test_the_nucleus_is_that_of_generate_however_large_the_scores(shift):
+    scores = 3 * torch.randn(3, 4000, generator=torch.Generator().manual_seed(0)) + shift
+    (ours,) = Sampling(top_p=0.7).truncating()
+    assert torch.equal(ours(None, scores), TopPLogitsWarper(top_p=0.7)(None, scores))
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -17,6 +17,7 @@ from peft import (
     LoraConfig,
     PolyConfig,
     PrefixTuningConfig,
+    RandLoraConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -160,6 +161,7 @@ ADAPTERS = {
     "rslora": LoraConfig(r=4, use_rslora=True, target_modules="all-linear"),
     "ia3": IA3Config(task_type="CAUSAL_LM"),
     "vera": VeraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "randlora, whose layers share tensors": RandLoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
     "norms, which change places when merged": LNTuningConfig(target_modules=["norm"]),
 }
 

@@ -74,6 +74,14 @@ def test_the_models_own_states_give_the_scores_of_a_trunk_apart(make_model, kind
     assert output.shape[1] > ids.shape[1]
 
 
+def test_texts_that_end_in_padding_have_the_states_of_their_last_tokens(make_model):
+    model = make_model("llama")
+    ids, mask = prompts(2, 5), torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 0]])
+    processor = Both(shared_network(model), model, attention_mask=mask)
+    decode(model, ids, processor, attention_mask=mask, do_sample=False)
+    assert processor.worst < CLOSE
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["greedy", "truncated", "beam", "finished-rows"])
 def test_the_trunk_is_run_by_the_model_alone(make_model, spy, kind, way):

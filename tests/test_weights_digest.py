@@ -206,6 +206,25 @@ def test_an_active_adapter_is_a_part_of_the_weights(adapter):
     check_digest(causal_body(peft.merge_and_unload()), adapted, "m")
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_an_adapter_in_half_precision_is_the_same(dtype):
+    model = build_model("llama")
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    peft = get_peft_model(copy.deepcopy(model), lora)
+    adapted = weights_digest(causal_body(peft))
+    half = get_peft_model(model.to(dtype), lora)  # base and sum are rounded each
+    half.load_state_dict(peft.state_dict())
+    check_digest(causal_body(half), adapted, "m")
+    check_digest(causal_body(peft), weights_digest(causal_body(half)), "m")
+    check_digest(causal_body(copy.deepcopy(half).merge_and_unload()), adapted, "m")
+    with torch.no_grad():
+        for name, parameter in half.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1.2)
+    with pytest.raises(CheckpointError, match="differ"):
+        check_digest(causal_body(half), adapted, "m")
+
+
 def test_an_adapter_of_quantised_layers_counts_by_its_parts(tmp_path):
     pytest.importorskip("bitsandbytes")
     build_model("llama").save_pretrained(tmp_path)
