@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -31,11 +32,13 @@ from rectify.quiet_peft import PeftConfig, PeftModel
 from rectify.risk_model import TextRisk
 from rectify.saved_config import read_config
 from rectify.saved_weights import check_finite, read_weights, shapes_of
-from rectify.strength import Strength
+from rectify.strength import Strength, no_better_than_constant
 from rectify.trunk_probe import abilities_of
 from rectify.trunk_states import Abilities, hidden_states, input_device, takes_positions, text_states, weights_of
 from rectify.vocabulary import Fingerprint
 from rectify.weights_digest import check_base, weights_digest
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE, HEAD_FILE = "q_config.json", "head.safetensors"
 TRUNK_FOLDER, ADAPTER_FOLDER = "trunk", "adapter"
@@ -257,6 +260,12 @@ class DeadEndQNetwork(nn.Module):
             network.head.load_state_dict(weights)
             network.to(device=device, dtype=dtype).eval()
             abilities_of(network.trunk)  # refused now, if it is not causal
+        if no_better_than_constant(config.training, "eval_"):
+            logger.warning(
+                "Q network %r: by the figures of its training it is no better than a constant, so it changes texts "
+                "without making them safer: train another on more trajectories",
+                str(name),
+            )
         return network
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rectify.errors import InvalidArgumentError, RectifyError
 from rectify.hub import checkpoint_folder
@@ -55,6 +56,21 @@ class Strength:
     def __str__(self) -> str:
         ratio = "" if self.clean_perplexity_ratio is None else f", {self.clean_perplexity_ratio:.3f} × the perplexity"
         return f"tilt, beta {self.beta:g}{ratio}"
+
+
+def no_better_than_constant(figures: Mapping[str, Any], prefix: str = "") -> bool:
+    """Whether the figures of a training say that the network predicts no better than one risk for everything.
+
+    Args:
+        figures: see `q_metrics.value_metrics`; where one is missing, or is no number, nothing is said. Of a network
+            that was recalibrated on other texts the order of its risks counts alone.
+        prefix: of their names.
+    """
+    auc, brier, constant = (figures.get(prefix + name) for name in ("auc_all_positions", "brier", "brier_constant"))
+    if not all(isinstance(each, int | float) for each in (auc, brier, constant)):
+        return False
+    calibrated = figures.get("calibration_scale") is not None
+    return not auc > 0.5 or not (calibrated or brier < constant)  # type: ignore[operator]
 
 
 def stored_strength(name: str | Path) -> Strength | None:

@@ -24,7 +24,7 @@ from rectify.evaluation.teacher_forcing import forced_nll, ruled_nll
 from rectify.generation.command import main as generate
 from rectify.generation.command import make_parser
 from rectify.methods.specs import parse_method
-from rectify.strength import Strength, stored_strength
+from rectify.strength import Strength, no_better_than_constant, stored_strength
 from rectify.training import q_strength
 from rectify.training.q_command import main as train_q
 from rectify.training.q_strength import choose_strength, generating_model, warning_of
@@ -222,7 +222,7 @@ def test_a_stored_strength_is_the_default_and_what_is_given_wins(q_network, tmp_
     assert parse_method(spec).make_rule() == Tilt(beta=3.0)
     assert parse_method(spec).label == f"{spec},beta=3"
     assert parse_method(f"{spec},beta=6").make_rule() == Tilt(beta=6.0)
-    assert parse_method(f"{spec},epsilon=0.1").make_rule() == Tilt(beta=6.0, epsilon=0.1)
+    assert parse_method(f"{spec},epsilon=0.1").make_rule() == Tilt(beta=3.0, epsilon=0.1)  # the cap is added to it
     assert parse_method(f"{spec},rule=mask").make_rule().name == "mask"
     for bundled in ("pocket-q", "pocket-q-shared"):
         assert stored_strength(bundled) is None
@@ -279,17 +279,34 @@ def test_a_training_names_its_strength_and_generate_applies_it(tmp_path, capsys)
         generate, capsys, "--rectify", "--q", tmp_path / "q", "--prompt", "You are", "--max_new_tokens", 2
     )
     assert status == 0
-    assert f"rule: Tilt(epsilon=None, p_min=1e-07, beta={strength['beta']})" in err
+    assert (
+        f"rule: Tilt(epsilon=None, p_min=1e-07, beta={strength['beta']}), the strength stored with the network" in err
+    )
 
 
-def test_a_training_that_learnt_nothing_says_so(tmp_path, capsys):
+def test_a_training_that_learnt_nothing_says_so(tmp_path, capsys, caplog):
     for name, count, seed in (("train", 80, 3), ("validation", 60, 4)):
         write(tmp_path / f"{name}.jsonl", count, seed, truthful=False)
-    err, results = train(tmp_path, capsys, "q", "--strength_model", "none")
+    err, results = train(tmp_path, capsys, "q")
     assert "warning: the network is no better than a constant: Brier score " in err
     assert results["warning"] in err
     assert "strength" not in results
     assert json.loads((tmp_path / "q" / "q_config.json").read_text())["strength"] is None
+    assert "strength: none chosen: " in err
+    assert f"saved to {tmp_path}/q; to use it: rectify generate --model pocket --rectify --q {tmp_path}/q\n" in err
+    caplog.clear()
+    RectificationProcessor.from_pretrained(tmp_path / "q", model=load_language_model("pocket")[0])
+    assert ["no better than a constant" in line for line in caplog.messages] == [True]
+
+
+def test_a_recalibrated_network_is_judged_by_the_order_of_its_risks():
+    figures = {"brier": 0.3, "brier_constant": 0.2, "auc_all_positions": 0.8}
+    assert no_better_than_constant(figures)
+    assert not no_better_than_constant(figures | {"calibration_scale": 1.4})
+    assert no_better_than_constant(figures | {"calibration_scale": 1.4, "auc_all_positions": 0.5})
+    assert warning_of(figures | {"calibration_scale": 1.4}, 0.1) is None
+    for unknown in ({}, figures | {"brier": "0.3"}, {"brier": 0.3, "brier_constant": 0.2}):
+        assert not no_better_than_constant(unknown)
 
 
 def test_what_is_worth_a_warning():

@@ -24,6 +24,7 @@ from rectify.methods.method import Decoder, Method
 from rectify.methods.rectification import Rectify
 from rectify.methods.specs import METHODS
 from rectify.processor import RectificationProcessor, Statistics
+from rectify.q_network import DeadEndQNetwork
 from rectify.resumable import same_json
 from rectify.rule import RULES
 from rectify.sampling import Sampling
@@ -63,7 +64,11 @@ def make_parser(prog: str) -> Parser:
     rectification.add_argument("--rectify", action="store_true", help="rectify the model while it generates")
     rectification.add_argument("--q", metavar="PATH", help="Q network: folder or Hub id (default: the pocket model's)")
     rectification.add_argument("--rule", choices=tuple(RULES), help="default: tilt")
-    rectification.add_argument("--beta", type=float, help="tilt: exponent of the survival probability (default 6)")
+    rectification.add_argument(
+        "--beta",
+        type=float,
+        help="tilt: exponent of the survival probability (default: as the Q network's training chose, else 6)",
+    )
     rectification.add_argument("--tau", type=float, help="advantage: tolerated extra risk (default 0.1)")
     rectification.add_argument("--threshold", type=float, help="mask: least survival probability (default 0.5)")
     rectification.add_argument("--epsilon", type=float, help="margin of the cap (default 0.1; other rules: no cap)")
@@ -297,7 +302,10 @@ def _described_method(method: Method, decoder: Decoder) -> str:
     if read := sum(parameter.numel() for module in decoder.reads for parameter in module.parameters()):
         parts.append(f"{read / 1e6:.1f} M parameters beside the model")
     if isinstance(decoder.processor, RectificationProcessor):
-        parts.append(f"rule: {decoder.processor.rule}")
+        rule, network = decoder.processor.rule, decoder.processor.q_network
+        strength = network.config.strength if isinstance(network, DeadEndQNetwork) else None
+        chosen = strength is not None and rule == strength.make_rule()
+        parts.append(f"rule: {rule}" + (f", the strength stored with the network: {strength}" if chosen else ""))
     return "; ".join(parts)
 
 

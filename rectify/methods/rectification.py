@@ -73,7 +73,7 @@ class _Valued(_Ruled):
 class Rectify(_Valued):
     """Rectification by the Q network of `path`; the pocket model's own where none is given.
 
-    Without a parameter of the rule, β is what the network's training stored with it, if it did.
+    A β that is not given is what the network's training stored with it, if it did.
 
     Attributes:
         dtype: of the Q network's weights, a name in `DTYPES`. With `bfloat16` a CPU that has AVX-512 BF16 is faster.
@@ -85,8 +85,8 @@ class Rectify(_Valued):
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in _RULE}
-        if given == _RULE and self.path is not None and (strength := stored_strength(self.path)) is not None:
+        unsaid = self.rule == "tilt" and self.beta is None and self.path is not None
+        if unsaid and (strength := stored_strength(cast(str, self.path))) is not None:
             object.__setattr__(self, "beta", strength.beta)
         super().__post_init__()
         if self.dtype not in DTYPES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from typing import Any
 
 from transformers import TrainingArguments
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None, prog: str = "train_q.py") -> int:
 
 
 def _run(parsed: tuple[Any, ...]) -> None:
+    from rectify.training.q_strength import generating_model
     from rectify.training.q_training import train_q_network
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -57,8 +59,8 @@ def _run(parsed: tuple[Any, ...]) -> None:
             f"{strength['model']!r}"
         )
     elif "no_strength" in figures:
-        say(
-            f"strength: none chosen ({figures['no_strength']}): give --strength_model, or choose one by "
-            "eval/realtoxicityprompts.py --target_perplexity 1.05"
-        )
-    say(f"saved to {parsed[-1].output_dir}")
+        say(f"strength: none chosen: {figures['no_strength']}")
+    folder, name = str(parsed[-1].output_dir), parsed[0].strength_model
+    model = name if name not in (None, "none") else generating_model(parsed[1].train_file, parsed[0].model_name_or_path)
+    command = shlex.join(["rectify", "generate", "--model", model, "--rectify", "--q", folder])
+    say(f"saved to {folder}; to use it: {command}")

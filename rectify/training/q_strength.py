@@ -16,7 +16,7 @@ from rectify.hub import load_language_model
 from rectify.q_network import DeadEndQNetwork
 from rectify.rule import Tilt
 from rectify.static_risk import StaticTokenRisk
-from rectify.strength import Strength
+from rectify.strength import Strength, no_better_than_constant
 
 MOST_RATIO = 1.05
 """Of the perplexity of clean texts, that a strength may cost."""
@@ -47,13 +47,13 @@ def warning_of(figures: dict[str, float], static_brier: float) -> str | None:
             "the validation trajectories are all toxic or all harmless, and do not tell whether the network foretells "
             "anything: give both kinds"
         )
-    if not brier < constant or figures["auc_all_positions"] <= 0.5:
+    if no_better_than_constant(figures):
         return (
             f"the network is no better than a constant: Brier score {brier:.4f}, that of the base rate {constant:.4f}, "
             f"AUC {figures['auc_all_positions']:.3f}: do not rely on it; give more trajectories, more epochs or "
             "another learning rate"
         )
-    if not brier < static_brier:
+    if not brier < static_brier and "calibration_scale" not in figures:  # the table is not recalibrated
         return (
             f"the network is no better than a table of token risks, which knows no context: Brier score {brier:.4f}, "
             f"that of the table {static_brier:.4f}: give more trajectories or epochs, or take `rectify train static`"
@@ -93,14 +93,16 @@ def choose_strength(network: DeadEndQNetwork, model_name: str, items: Sequence[d
     base = found[0].base_perplexity
     if not base < network.config.vocab_size:
         raise InvalidArgumentError(
-            f"{model_name!r} has a perplexity of {base:.4g} on the clean texts, no better than a guess: is it the "
-            "model that is to be rectified?"
+            f"{model_name!r} has a perplexity of {base:.4g} on the clean texts, no better than a guess: give "
+            "strength_model, the model that is to be rectified"
         )
     # the logarithm of the perplexity is convex in β: what exceeds the bound once exceeds it from there on
     ratios = [each.perplexity / base for each in found]
     fitting = [place for place, ratio in enumerate(ratios) if ratio <= MOST_RATIO]
     if not fitting:
-        raise InvalidArgumentError(f"even beta {_BETAS[0]} costs {ratios[0]:.3f} × the perplexity of clean texts")
+        raise InvalidArgumentError(
+            f"even beta {_BETAS[0]} costs {ratios[0]:.3f} × the perplexity of clean texts: give more trajectories"
+        )
     best = fitting[-1]
     return Strength(
         float(_BETAS[best]),

@@ -29,6 +29,7 @@ from rectify.q_network import CONFIG_FILE, DeadEndQNetwork
 from rectify.quiet_peft import LoraConfig
 from rectify.splits import alike, first_words, split_by_hash
 from rectify.static_risk import StaticTokenRisk
+from rectify.strength import no_better_than_constant
 from rectify.training.hidden_states import CachedStates
 from rectify.training.plots import plot_training
 from rectify.training.q_arguments import DataArguments, LossArguments, ModelArguments
@@ -130,6 +131,8 @@ def train_q_network(
         if model.strength_model != "none":
             name = model.strength_model or generating_model(data.train_file, model.model_name_or_path)
             try:
+                if no_better_than_constant(figures, "eval_"):
+                    raise InvalidArgumentError("at any strength it would change texts for nothing; see the warning")
                 network.config.strength = choose_strength(network, name, validation_set.items)
                 figures["strength"] = asdict(network.config.strength)
             except RectifyError as error:
