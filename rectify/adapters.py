@@ -25,6 +25,7 @@ from rectify.quiet_peft import (
     set_peft_model_state_dict,
 )
 from rectify.saved_weights import read_weights
+from rectify.trunk_states import own_precision
 
 __all__ = [
     "ADAPTER_FILE",
@@ -158,7 +159,8 @@ def fold_in(model: PeftModel) -> None:
     """Fold an adapter into the layers, which is faster; one of a kind that cannot be folded in stays apart."""
     before = {name: weight.clone() for name, weight in _weights(model).items()}
     try:
-        model.merge_adapter()
+        with own_precision(model.device):
+            model.merge_adapter()
     except (AttributeError, NotImplementedError, ValueError):
         return
     if any(not torch.equal(weight, before[name]) for name, weight in _weights(model).items()):

@@ -20,7 +20,7 @@ from rectify.growing_cache import growing_cache
 from rectify.packed_attention import Packing, can_pack, packed
 from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.thread_lock import ThreadLock
-from rectify.trunk_probe import abilities_of, close_for, gap, own_cache_of, probe_texts, tried
+from rectify.trunk_probe import abilities_of, close_for, gap, own_cache_of, probe_texts, tried, undisturbed
 from rectify.trunk_states import Abilities, hidden_states, input_device, kept_within, takes_positions, text_states
 
 _SAME = 0.01  # of the largest state: what two runs of the same weights may differ by
@@ -199,7 +199,6 @@ class NextTokenLogits:
         logits = self._outputs(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    @torch.no_grad()
     def _check_outputs(self) -> None:
         """Refuse a model that does something before or after its output embedding."""
         caught: list[tuple[Tensor, Tensor]] = []
@@ -210,12 +209,14 @@ class NextTokenLogits:
         ids = torch.arange(min(8, self.states.config.vocab_size), device=input_device(self.model))[None]
         handle = self._outputs.register_forward_hook(catch)
         try:
-            logits = self.model(input_ids=ids, use_cache=False).logits
+            with undisturbed(self.model):
+                logits = self.model(input_ids=ids, use_cache=False).logits
+                hidden = self.states.encode(ids)
         finally:
             handle.remove()
         if len(caught) != 1 or not torch.equal(caught[0][1].to(logits.dtype), logits):
             raise self._refusal("it changes what its output embedding gives, as by scaling or soft-capping")
-        read, hidden = caught[0][0], self.states.encode(ids)
+        read = caught[0][0]
         if read.shape != hidden.shape or (read - hidden).abs().max() > _SAME * hidden.abs().max():
             raise self._refusal("its output embedding does not read its last hidden states")
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from rectify.quiet_peft import BaseTunerLayer, ModulesToSaveWrapper
+from rectify.trunk_states import own_precision
 
 _QUANTIZED = {"Params4bit", "Int8Params"}  # by name, as bitsandbytes is imported for quantised models alone
 _LEFT_OUT = {"pooler"}  # no part of a token's state, and drawn at random where a checkpoint lacks it
@@ -115,7 +116,8 @@ def _without_adapter(module: nn.Module) -> nn.Module:
         return module
     try:
         merged: Any = deepcopy(module)
-        merged.merge()
+        with own_precision(next(merged.parameters()).device):
+            merged.merge()
     except Exception:  # every kind that cannot be folded in has its own
         return module
     return cast(nn.Module, merged.get_base_layer())

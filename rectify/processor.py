@@ -250,6 +250,11 @@ class RectificationProcessor(LogitsProcessor):
 
         Arguments and errors are those of a call.
         """
+        for name, given_rows in (("input_ids", input_ids), ("scores", scores)):
+            if given_rows.ndim != 2:
+                raise InvalidArgumentError(
+                    f"{name} have shape {tuple(given_rows.shape)}: give a row for each prefix, two dimensions"
+                )
         prefixes, hidden = self._state(input_ids, scores.shape[-1])
         if self._q is not None and hidden is None:
             return None

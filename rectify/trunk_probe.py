@@ -26,6 +26,7 @@ from rectify.trunk_states import (
     Abilities,
     hidden_states,
     input_device,
+    own_precision,
     position_arguments,
     rotation_of,
     takes_positions,
@@ -71,11 +72,12 @@ def tried(trunk: nn.Module, what: str, trial: Callable[[nn.Module], _T]) -> _T:
 
 @contextmanager
 def undisturbed(trunk: nn.Module) -> Iterator[None]:
-    """Within, a trunk is in evaluation mode; afterwards it and the random numbers are what they were."""
+    """Within, a trunk is in evaluation mode and its own precision; afterwards all is as it was, random numbers too."""
     training = [module for module in trunk.modules() if module.training]
     trunk.eval()
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        own = own_precision(input_device(trunk))
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]), own:
             yield
     finally:
         for module in training:

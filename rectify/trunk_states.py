@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -110,6 +110,12 @@ def input_device(model: nn.Module) -> torch.device:
                 return torch.device(device)
     weights = embedding if embedding is not None else model
     return next(weights.parameters(), torch.empty(0)).device
+
+
+def own_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Within, weights on a device compute in their own precision, also where `torch.autocast` is on."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 @contextmanager

@@ -78,16 +78,18 @@ class _Sketch:
     @classmethod
     def read(cls, text: str) -> _Sketch:
         try:
-            mark, rows, samples, table = text.split(":")
-            if mark != _MARK or not _LEAST <= int(samples) <= _MOST:
-                raise ValueError("it is of another form")
+            mark, rows, samples, table = (*text.split(":"), "", "", "")[:4]
+            if mark != _MARK or text.count(":") != 3 or not samples.isdecimal() or not _LEAST <= int(samples) <= _MOST:
+                raise ValueError("it is damaged, or of another rectify")
             found = np.frombuffer(base64.b64decode(table, validate=True), dtype=_row(int(samples)))
             numbers = found["numbers"].astype(np.float64)
             kinds = found["kind"]
             flags = (kinds & _APART) > 0, (kinds & _FOLDED) > 0
             return cls(int(rows), found["id"], kinds % _APART, *flags, numbers[:, :_SUMS], numbers[:, _SUMS:])
         except (ValueError, binascii.Error) as error:
-            raise CheckpointError(f"base_fingerprint is no digest of weights ({error}): put back the file") from error
+            raise CheckpointError(
+                f"base_fingerprint is no digest of weights ({error}): put back the file, or train anew"
+            ) from error
 
 
 def _row(samples: int) -> np.dtype:
@@ -109,7 +111,7 @@ def weights_digest(body: nn.Module) -> str | None:
 
 
 def check_base(
-    body: nn.Module, recorded: str | None, name: str, what: str, of_files: Callable[[], str | None] = lambda: None
+    body: nn.Module, recorded: str | None, name: str, what: str, of_files: Callable[[], str | None] | None = None
 ) -> None:
     """Refuse other weights than those that something was trained on; where none are recorded, say so in one line.
 
@@ -118,7 +120,7 @@ def check_base(
         recorded: the `base_fingerprint` of a configuration: a digest; in older folders `hub.weights_fingerprint`.
         name: of the model.
         what: was trained, such as a folder; a message calls it so.
-        of_files: gives the `hub.weights_fingerprint` of the model, for older folders.
+        of_files: gives the `hub.weights_fingerprint` of the model, for older folders; `None` where none held it.
 
     Raises:
         CheckpointError: they are others.
@@ -130,7 +132,7 @@ def check_base(
             what,
             name,
         )
-    elif recorded.startswith(f"{_MARK}:"):
+    elif of_files is None or recorded.startswith(f"{_MARK}:"):
         check_digest(body, recorded, name)
     else:
         check_weights(name, recorded, of_files())

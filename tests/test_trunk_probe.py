@@ -6,13 +6,16 @@ import accelerate
 import pytest
 import torch
 from decoding import RULE, decode, prompts
+from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rectify import CheckpointError, DeadEndQNetwork, InvalidArgumentError, RectificationProcessor
-from rectify.causal_states import CausalStates
+from rectify.causal_body import causal_body
+from rectify.causal_states import CausalStates, NextTokenLogits
 from rectify.prefix_memo import MASKED, PrefixMemo
 from rectify.trunk_probe import abilities_of, own_cache_of
 from rectify.trunk_states import Abilities, Rotation, input_device, rotation_of
+from rectify.weights_digest import weights_digest
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -79,6 +82,17 @@ def test_a_trial_changes_nothing_and_is_made_once(make_model):
     state = torch.get_rng_state()
     own_cache_of(model.transformer)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_trunk_is_tried_in_its_own_precision(make_model):
+    expected = abilities_of(DeadEndQNetwork.from_trunk(make_model("llama"), rank=4).trunk)
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(make_model("llama"), lora)
+    digest = weights_digest(causal_body(adapted))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert abilities_of(DeadEndQNetwork.from_trunk(make_model("llama"), rank=4).trunk) == expected
+        NextTokenLogits(make_model("gpt2"))
+        assert weights_digest(causal_body(adapted)) == digest
 
 
 def test_an_encoder_is_refused(tmp_path):

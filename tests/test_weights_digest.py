@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rectify.causal_body import causal_body
 from rectify.errors import CheckpointError
-from rectify.weights_digest import check_digest, weights_digest
+from rectify.weights_digest import check_base, check_digest, weights_digest
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -247,7 +247,9 @@ def test_the_digest_is_a_function_of_the_weights(body, digest):
     assert len(digest) < 4000
 
 
-@pytest.mark.parametrize("damaged", ["w1:", "w1:97:9:####", "w1:97:9:AAAA", "w1:97:999999999999:AAAA", "w2:1:2:AAAA"])
+@pytest.mark.parametrize(
+    "damaged", ["w1:", "w1:97:9:####", "w1:97:9:AAAA", "w1:97:999999999999:AAAA", "w2:1:2:AAAA", "", "ab12"]
+)
 def test_a_damaged_digest_is_refused(body, damaged):
     with pytest.raises(CheckpointError, match="base_fingerprint is no digest"):
-        check_digest(body, damaged, "m")
+        check_base(body, damaged, "m", "what was trained")
