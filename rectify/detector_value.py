@@ -27,7 +27,7 @@ class DetectorValue(nn.Module):
     """The risk of likely next tokens, by a detector that reads from left to right: Q = −P(toxic).
 
     A token is read after its prefix, as ids, so the detector shares the vocabulary of the language model. One of form
-    `"prefix"` foretells whether the finished text will be toxic; one of form `"sequence"` judges what is there as if it
+    `"prefix"` predicts whether the finished text will be toxic; one of form `"sequence"` judges what is there as if it
     were finished. To read a token costs nearly a step of the detector's backbone, where a Q network values the whole
     vocabulary at once: so only candidates are read, and `RectificationProcessor` removes all others.
 

@@ -139,7 +139,7 @@ LABELLED = [("You are an idiot", 1), ("Have a nice day", 0), ("shut your stupid 
 
 
 def write_texts(path):
-    """Each text four times, once with the other label, as labels that can be foretold without fail have no scale."""
+    """Each text four times, once with the other label, as labels that can be predicted without fail have no scale."""
     rows = [(text, label ^ wrong) for text, label in LABELLED for wrong in (0, 0, 0, 1)]
     path.write_text("comment,kind\n" + "".join(f"{text},{'bad' if label else 'ok'}\n" for text, label in rows))
     return path

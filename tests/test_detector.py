@@ -379,7 +379,7 @@ def test_calibration_bends_the_probabilities_of_its_label(make_classifier):
         DetectorConfig("pocket", calibration={"toxic": 0})
 
 
-def test_prefixes_foretell_the_finished_text(backbones, tmp_path):
+def test_prefixes_predict_the_finished_text(backbones, tmp_path):
     few = arguments(tmp_path, save_strategy="no", num_train_epochs=5)
     given = settings(backbones, form="prefix", class_weights="balanced", calibration="temperature")
     rows = [(*row, f"s{index % 3}") for index, row in enumerate(TRAIN[1:])]

@@ -1,4 +1,4 @@
-"""First aid for a new model: what to do without a Q network, whether one foretells, and how strong it may be."""
+"""First aid for a new model: what to do without a Q network, whether one predicts, and how strong it may be."""
 
 import json
 import random
@@ -114,7 +114,7 @@ def test_one_reading_of_the_texts_gives_what_the_processor_gives(make_model, mak
 
 @pytest.fixture(scope="module")
 def sure_lm(make_model, make_tokenizer, tmp_path_factory):
-    """A model that foretells: nearly always the token two after the last; and 40 texts, 30 of them of its kind."""
+    """A model that predicts: nearly always the token two after the last; and 40 texts, 30 of them of its kind."""
     folder = tmp_path_factory.mktemp("sure")
     model = make_model("gpt2")
     with torch.no_grad():

@@ -28,7 +28,7 @@ class DetectorConfig:
         base_revision: revision of `base_model` on the Hub; of a new classifier, the commit that was loaded.
         max_length: tokens of a text that are read, from its start.
         labels: what each logit stands for.
-        form: `"sequence"`, trained to tell the label of a text from all of it, or `"prefix"`, trained to foretell the
+        form: `"sequence"`, trained to tell the label of a text from all of it, or `"prefix"`, trained to predict the
             label of the finished text at each of its tokens; the second needs a causal backbone.
         quantization: `"nf4"` where the adapter was trained on a backbone of 4 bits; it is loaded on one again.
         base_fingerprint: what `base_model` is known again by, see `Backbone.fingerprint`; `None` to take any.

@@ -63,7 +63,7 @@ class GateConfig:
 class AdapterGate(nn.Module):
     """`softmax(Linear(ReLU(Linear(e))))` of a sentence embedding e: a weight for each adapter.
 
-    Source: the gate of ExplainingHate-OptimalQLoRA, which foretells the platform of a text; 3,107 weights on
+    Source: the gate of ExplainingHate-OptimalQLoRA, which predicts the platform of a text; 3,107 weights on
     `all-MiniLM-L6-v2`.
 
     Example:

@@ -1,4 +1,4 @@
-"""How good a dead-end Q network is: does its risk foretell how texts end, and does it depend on the context?
+"""How good a dead-end Q network is: does its risk predict how texts end, and does it depend on the context?
 
 Texts are fresh rollouts of the language model under the reward model, people's texts under people's labels, and
 RealToxicityPrompts texts under Perspective's scores. AUC and Brier scores need the extra `train`.

@@ -49,7 +49,7 @@ class DetectorSettings:
     model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub id"})
     form: Form = field(
         default="sequence",
-        metadata={"help": "prefix: foretell the finished text's label at each token, on a causal backbone"},
+        metadata={"help": "prefix: predict the finished text's label at each token, on a causal backbone"},
     )
     quantization: Quantization = field(
         default="none", metadata={"help": "nf4: the backbone in 4 bits (QLoRA); needs bitsandbytes, the extra [quant]"}

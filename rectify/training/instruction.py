@@ -87,7 +87,7 @@ def train_instruction(
         settings: what is trained.
         arguments: how, for `transformers.Trainer`.
         template: the question and the form of the answers.
-        train, validation: rows whose labels are learnt and foretold.
+        train, validation: rows whose labels are learnt and predicted.
         rationales: rows whose answers hold more than a label.
         callbacks: of all Trainers.
 

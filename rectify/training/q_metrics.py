@@ -1,4 +1,4 @@
-"""How good values are: does the risk foretell the text's label, and is `1 + Q` a probability?"""
+"""How good values are: does the risk predict the text's label, and is `1 + Q` a probability?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a Q network's training: whether it foretells anything, and how strongly it can be applied."""
+"""The end of a Q network's training: whether it predicts anything, and how strongly it can be applied."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def static_risks(table: StaticTokenRisk, items: Sequence[dict[str, Any]], like: 
 
 
 def warning_of(figures: dict[str, float], static_brier: float) -> str | None:
-    """What is to be said of a network that foretells no better than what knows no text, or no context.
+    """What is to be said of a network that predicts no better than what knows no text, or no context.
 
     Args:
         figures: of the network on the validation trajectories, see `q_metrics.value_metrics`.
@@ -44,7 +44,7 @@ def warning_of(figures: dict[str, float], static_brier: float) -> str | None:
     brier, constant = figures["brier"], figures["brier_constant"]
     if "auc_all_positions" not in figures:
         return (
-            "the validation trajectories are all toxic or all harmless, and do not tell whether the network foretells "
+            "the validation trajectories are all toxic or all harmless, and do not tell whether the network predicts "
             "anything: give both kinds"
         )
     if no_better_than_constant(figures):
@@ -71,7 +71,7 @@ def choose_strength(network: DeadEndQNetwork, model_name: str, items: Sequence[d
             spread over them, and 64 tokens of each.
 
     Raises:
-        InvalidArgumentError: the clean texts are too few, the model foretells nothing, or even the least β costs more.
+        InvalidArgumentError: the clean texts are too few, the model predicts nothing, or even the least β costs more.
         CheckpointError: the model cannot be loaded.
         VocabularyMismatchError: it has another vocabulary.
     """

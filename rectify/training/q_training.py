@@ -56,7 +56,7 @@ def train_q_network(
 
     Returns:
         The figures: TD loss, those of `q_metrics.value_metrics` of the final network on the validation trajectories
-        (computed, and returned, in the first process alone), and counts; `warning` where it foretells no better than
+        (computed, and returned, in the first process alone), and counts; `warning` where it predicts no better than
         what knows no text; and the `strength` that was stored with it, or why there is none, `no_strength`.
 
     Raises:

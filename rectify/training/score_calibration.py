@@ -41,7 +41,7 @@ def calibration_curve(probability: np.ndarray, label: np.ndarray) -> list[list[f
 
 
 def calibration_temperature(logit: np.ndarray, label: np.ndarray) -> float:
-    """The temperature `T` by which `sigmoid(logit / T)` foretells the labels with the least log loss.
+    """The temperature `T` by which `sigmoid(logit / T)` predicts the labels with the least log loss.
 
     It changes neither order nor what is above 0.5, and with its one parameter it cannot follow the noise of few texts.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
