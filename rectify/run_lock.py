@@ -155,10 +155,12 @@ def _take(place: Path, output: Path, folder: bool) -> None:
         if known is not None:
             known.count += 1
             return
-        made = [each for each in (place.parent, *place.parent.parents) if not each.exists()]
+        folders = (output.parent, *output.parent.parents, place.parent, *place.parent.parents)
+        made = [each for each in folders if not each.exists()]
         descriptor = None
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
+            output.parent.mkdir(parents=True, exist_ok=True)  # through which `..` may lead
             descriptor = _opened(place, output)
             if not folder and output.exists():
                 output.open("ab").close()

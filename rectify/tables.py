@@ -82,6 +82,8 @@ class _Header:
         twice = next((name for place, name in enumerate(names) if name and name in names[:place]), None)
         if twice is not None:
             raise file.refusal(f"the header names the column {twice!r} twice: give each column its own name", number)
+        for place in range(1, next((place for place, name in enumerate(names) if name), 0)):
+            names[place] = f"Unnamed: {place}"  # of an index in several columns; called so by pandas, which writes it
         self._unnamed = [place for place, name in enumerate(names) if not name][1:]  # as spreadsheets add at the right
         self.is_full = not self._unnamed
 
@@ -95,7 +97,8 @@ class _Header:
                 number,
             )
         lacking = width - len(cells)
-        if lacking and (len(cells) == 1 or self._delimiter != "\t"):
+        named = any(self._names[len(cells) :])
+        if named and (len(cells) == 1 or self._delimiter != "\t"):
             raise self._file.refusal(
                 f"{self._names[len(cells)]} is None, as there are {len(cells)} of {width} cells: quote cells that hold "
                 f"a {sign}, a quote or a line end, and leave empty ones empty",

@@ -77,6 +77,22 @@ def test_a_broken_end_is_dropped_and_said_and_anything_else_refused_by_its_line(
             assert output.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "beside",
+    ["", ', "scores": {}', ', "scores": {"INSULT": 0.5}', ', "scores": {"TOXICITY": NaN}', ', "score_error": "HM"'],
+)
+def test_a_text_without_its_score_does_not_count_as_scored(capsys, tmp_path, beside):
+    (tmp_path / "in.jsonl").write_text('{"text": "One"}\n{"text": "Two"}\n')
+    arguments = ("score", tmp_path / "in.jsonl", "--scorer", "stub", "--output", tmp_path / "out.jsonl")
+    assert run_command(main, capsys, *arguments)[0] == 0
+    line = f'{{"text": "One"{beside}}}\n'
+    (tmp_path / "out.jsonl").write_text(line)
+    code, _, err = run_command(main, capsys, *arguments)
+    assert code == 2
+    assert "out.jsonl', line 1: not what this run wrote" in err
+    assert (tmp_path / "out.jsonl").read_text() == line
+
+
 def test_spans_and_the_stages_of_a_build_are_matched_too(tmp_path):
     output, texts = tmp_path / "spans.jsonl", ["one two", "three", "four five six"]
     label_spans(texts, StubScorer(), output)

@@ -220,10 +220,11 @@ def test_a_login_page_is_told_at_once():
     assert service.calls == 2
 
 
-def test_a_text_that_a_firewall_dislikes_may_pass_another_time_and_the_others_pass_now():
+@pytest.mark.parametrize("status", [302, 403, 404, 407])
+def test_a_text_that_a_firewall_dislikes_may_pass_another_time_and_the_others_pass_now(status):
     class Firewall(StubService):
         def answer(self, target, headers, body):
-            return StubReply(403, b"no", sent=2) if b"DROP TABLE" in body else super().answer(target, headers, body)
+            return StubReply(status, b"no", sent=2) if b"DROP TABLE" in body else super().answer(target, headers, body)
 
     service = Firewall()
     for texts in (["DROP TABLE", "b", "c"], ["a", "DROP TABLE"]):
@@ -329,6 +330,8 @@ def test_a_passing_fault_is_tried_again_and_no_more_than_so_often(fault):
         b'{"attributeScores": {"TOXICITY": {"summaryScore": {"value": NaN}}}}',
         b'{"attributeScores": {"TOXICITY": {"summaryScore": {"value": 1.5}}}}',
         b'{"attributeScores": {"TOXICITY": 3}}',
+        b'{"status": "ok"}',
+        b"{}",
         b"\xff\xfe\x00",
         b"[" * 100_000,
     ],

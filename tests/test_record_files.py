@@ -114,6 +114,8 @@ TABLES = {
     "commas in TSV": ("tsv", "a,b\nx,1\n", "line 1: the header is one column.*tab .*not a comma"),
     "Excel's word on the separator": ("csv", "sep=,\na,b\nx,1\n", "line 1: 'sep=' is Excel's"),
     "a column without a name": ("csv", ",a,b\n0,x,1\n", [("x", "1")]),
+    "an index in two columns": ("csv", ",,a,b\n0,1,x,1\n", [("x", "1")]),
+    "a comma after the header alone": ("csv", "a,b,\nx,1\ny,0,\n", [("x", "1"), ("y", "0")]),
     "empty columns on the right": ("csv", "a,b,,\nx,1,,\n", [("x", "1")]),
     "text in a column without a name": ("csv", "a,b,,\nx,1,,\ny,0,,z\n", "line 3: 'z' stands in column 4"),
     "a header in quotes": ("csv", '"a","b"\nx,1\n', [("x", "1")]),

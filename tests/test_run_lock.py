@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from commands import run_command
@@ -69,6 +70,8 @@ def test_every_name_of_an_output_is_the_same_output(tmp_path, monkeypatch):
             with pytest.raises(OutputError, match="another run"):
                 RunLock(name)
         RunLock("out2.jsonl").release()
+        with RunLock("new/below/../out3.jsonl"):
+            Path("new/below/../out3.jsonl").touch()
     first = GenerationFile(output, {})
     first.append([{"a": 1}])
     os.link(output, "hard.jsonl")

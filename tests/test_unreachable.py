@@ -105,6 +105,31 @@ def test_a_proxy_that_refuses_or_is_not_there(port, monkeypatch, scheme):
     told(url, "the proxy refuses connections")
 
 
+@pytest.mark.parametrize("proxied", [False, True])
+def test_a_head_that_comes_byte_by_byte_is_not_waited_for(proxied, monkeypatch):
+    over = threading.Event()
+
+    def drip(listening):
+        connection, _ = listening.accept()
+        with connection:
+            while not over.wait(0.02):
+                connection.sendall(b"H")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip, args=[listening], daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        if proxied:
+            monkeypatch.setenv("https_proxy", url)
+        begin = time.monotonic()
+        endpoint = "https://service.invalid" if proxied else url
+        with PerspectiveScorer(endpoint=endpoint, rate=1000, timeout=0.2, retries=0) as scorer:
+            assert scorer.score(["one"]).reasons == (Reason.TIMEOUT,)
+        assert time.monotonic() - begin < 2
+        over.set()
+        thread.join()
+
+
 def test_certificates_that_are_not_there(monkeypatch):
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/certificates.pem")
     told("https://127.0.0.1:1", "the certificates that the environment names cannot be read")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit
 
 import requests
-from requests.adapters import BaseAdapter, HTTPAdapter
+from requests.adapters import BaseAdapter
 from requests.auth import AuthBase
 from urllib3 import Retry
 from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError, ReadTimeoutError
@@ -24,6 +24,7 @@ from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError, ReadTime
 from rectify.errors import InvalidArgumentError, RectifyError
 from rectify.scoring.rate_limit import Clock, TokenBucket
 from rectify.scoring.scores import Reason
+from rectify.scoring.timed_connections import TimedAdapter
 from rectify.scoring.unreachable import why_unreachable
 from rectify.version import __version__
 
@@ -189,7 +190,7 @@ class Calls:
             backoff_factor=backoff / 2,  # urllib3 doubles it before its first use
             backoff_max=30.0,
         )
-        self._adapter = adapter or HTTPAdapter(pool_connections=1, pool_maxsize=workers)
+        self._adapter = adapter or TimedAdapter(pool_connections=1, pool_maxsize=workers)
         # proxies and certificates of the environment; its passwords (~/.netrc) are not for this
         self._network = requests.Session().merge_environment_settings(url, {}, None, None, None)
         self._local = threading.local()

@@ -213,7 +213,7 @@ class PerspectiveScorer:
         scores: dict[str, AttributeScore] = {}
 
         def judge(status: int, answer: object) -> Reason | None:
-            reason = self._endpoint.judge(status, answer)
+            reason = self._endpoint.judge(status, answer, harmless=False)
             if reason is None:
                 try:
                     scores.update(parse_analyze_response(answer, text, attributes))

@@ -61,8 +61,13 @@ class Endpoint:
         if self.host == urlsplit(GOOGLE_URL).netloc and not self.key:
             raise ApiKeyError(f"key is missing: give one, set {KEY_VARIABLE}, or take a local scorer, which needs none")
 
-    def judge(self, status: int, body: Any) -> Reason | None:
+    def judge(self, status: int, body: Any, harmless: bool = True) -> Reason | None:
         """Why there are no scores in an HTTP answer; `None` where there may be some.
+
+        Args:
+            status: of the answer.
+            body: its JSON value.
+            harmless: whether no text was asked for to which a firewall may object, by leading elsewhere.
 
         Raises:
             PerspectiveError, UnknownAttributeError: no other text would fare better.
@@ -75,7 +80,7 @@ class Endpoint:
         if status in PASSING_STATUSES:
             return Reason.TIMEOUT if status == 408 else Reason.SERVER_ERROR
         said = f"{self.host} answers {status}, {self.key.hide_in(message)[:400]!r}"
-        if status in (404, 405, 410) or status < 400:
+        if (status in (404, 405, 410) or status < 400) and (names or harmless):
             raise EndpointError(
                 f"endpoint {self.url!r} is not the Perspective API ({said}): give another, as argument or in "
                 f"{URL_VARIABLE}, or take a local scorer (Google's service ends with 2026)"

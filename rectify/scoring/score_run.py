@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -104,6 +105,15 @@ class Tally:
                 self.counts[attribute] += 1
                 self.totals[attribute] += value
                 self.toxic[attribute] += value >= TOXIC
+
+    def is_scored(self, holder: Any) -> bool:
+        """Whether what holds a text has all that such a run leaves there, as JSON values."""
+        scores, error = holder.get(SCORES, {}), holder.get(ERROR)
+        if not all(type(score) is float and math.isfinite(score) for score in scores.values()):
+            return False
+        if error is not None:
+            return error in set(Reason) and scores.keys() <= set(self.attributes)
+        return scores.keys() == set(self.attributes) and (not self.judged or VERDICT in holder)
 
     @property
     def passing(self) -> int:
@@ -239,6 +249,8 @@ def write_scores(
 def _counted(tally: Tally, found: dict[str, Any], record: Record) -> bool:
     """Whether what a file holds is a record with scores; it is counted then."""
     if not same_json(*(_without_scores(value, record) for value in (found, record.value))):
+        return False
+    if not all(tally.is_scored(at(found, place)) for place in record.places):
         return False
     tally.add(found, record.places)
     return True

@@ -110,13 +110,17 @@ def suggest_response(request: SuggestRequest, language: str) -> dict[str, Any]:
     return answer | {"detectedLanguages": [language]}
 
 
+_OWN = {"attributeScores", "languages", "detectedLanguages", "clientToken"}
+"""What one of them at least is in each answer of Perspective's form."""
+
+
 def parse_analyze_response(body: Any, text: str, attributes: Sequence[str]) -> dict[str, AttributeScore]:
     """The scores in an answer; attributes that it lacks are lacking.
 
     Raises:
         ValueError: the answer is not of Perspective's form, or holds a score outside [0, 1].
     """
-    if not isinstance(body, dict) or "error" in body:
+    if not isinstance(body, dict) or "error" in body or not _OWN & body.keys():
         raise ValueError("no answer of Perspective's form")
     found = body.get("attributeScores", {})
     if not isinstance(found, dict):
