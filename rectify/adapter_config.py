@@ -20,7 +20,6 @@ _RUNS_OR_READS = {
     "tokenizer_kwargs": "loads a tokenizer",
     "prompt_tuning_init_state_dict_path": "reads a file",
     "corda_config": "reads a file",
-    "eva_config": "needs data",
     "lora_ga_config": "reads a file",
     "adapters": "loads other adapters",
 }

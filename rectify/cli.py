@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
+from rectify.command_line import leave_standard_output
 from rectify.command_table import Command
+from rectify.version import __version__
 
 VERBS = {
     "generate": Command(
@@ -31,14 +34,16 @@ VERBS = {
 
 def _usage() -> str:
     verbs = "\n".join(f"  {verb:<10} {command.what}" for verb, command in VERBS.items())
-    return f"usage: rectify VERB …\n\n{verbs}\n\nrectify VERB --help says more."
+    return f"usage: rectify VERB …\n\n{verbs}\n\nrectify VERB --help says more; rectify --version says which it is."
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a verb. Returns the exit code: 0, or 2 where something that was given cannot be used."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
+    if not argv or argv[0] in ("-h", "--help", "--version"):
+        with suppress(BrokenPipeError):  # whoever reads it may stop reading
+            print(f"rectify {__version__}" if argv[:1] == ["--version"] else _usage())
+        leave_standard_output()
         return 0
     if argv[0] not in VERBS:
         print(f"rectify: error: no verb {argv[0]!r}: give one of {', '.join(VERBS)}", file=sys.stderr)

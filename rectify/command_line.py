@@ -38,6 +38,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        leave_standard_output()  # whoever reads --help may stop reading
+        super().exit(status, message)
+
 
 def say(message: str) -> None:
     """A line for the person at the terminal: on standard error, so that results stay alone on standard output."""
@@ -94,7 +98,7 @@ def execute(
         refusal = _refusal(error)
         if refusal is None:
             raise
-        _leave_standard_output()
+        leave_standard_output()
         hint = refusal.hint if isinstance(refusal, RectifyError) else ""
         say(f"{parser.prog}: error: {' '.join(str(refusal).removesuffix(hint).split())}")
         if hint:
@@ -138,7 +142,7 @@ class _Closed:
         return False
 
 
-def _leave_standard_output() -> None:
+def leave_standard_output() -> None:
     """Have the interpreter not try again, at its end, what a full disk or a reader that has gone would not take."""
     try:
         sys.stdout.flush()

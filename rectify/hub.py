@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rectify.errors import CheckpointError, InvalidArgumentError, first_line
-from rectify.pretrained import read_model, read_model_config, read_tokenizer, refusing_unusable
+from rectify.pretrained import embedding_rows, read_model, read_model_config, read_tokenizer, refusing_unusable
 
 POCKET = {
     "pocket": "lm",
@@ -153,7 +153,8 @@ def load_language_model(
         tokenizer = read_tokenizer(place, revision)
         model, _ = read_model(AutoModelForCausalLM, place, revision, dtype="auto" if dtype is None else dtype)
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
+    # some came to their padding token after the training, and the model has no embedding of it
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= embedding_rows(model):
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 

@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from rectify.adapter_config import ADAPTER_FILE, read_adapter_config
 from rectify.errors import CheckpointError, MissingExtraError, RectifyError, first_line
 from rectify.quiet import quiet_loading
+from rectify.saved_config import read_object
 from rectify.saved_weights import check_finite, weight_shapes
 
 GIVEN: dict[str, Any] = {"trust_remote_code": False}
@@ -45,8 +48,9 @@ def refusing_unusable(what: str, remedy: str) -> Iterator[None]:
     except RectifyError:
         raise
     except Exception as error:  # damaged files make of other libraries whatever they like, MemoryError among it
+        said = _own_words(error) or first_line(error)
         raise CheckpointError(
-            f"{what} is neither a usable folder nor a model that the Hub gives ({first_line(error)}): {remedy}"
+            f"{what} is neither a usable folder nor a model that the Hub gives ({said}): {remedy}"
         ) from error
 
 
@@ -67,8 +71,17 @@ def refusing(name: str | Path) -> Iterator[None]:
 
 def _one_line(error: Exception) -> str:
     hint = error.hint if isinstance(error, RectifyError) else ""
-    said = " ".join(str(error).removesuffix(hint).split()) or type(error).__name__
+    said = " ".join((_own_words(error) or str(error)).removesuffix(hint).split()) or type(error).__name__
     return said if len(said) <= 600 else f"{said[:597]}..."
+
+
+def _own_words(error: Exception) -> str | None:
+    """What is to be said where the libraries advise to run code nevertheless."""
+    if isinstance(error, UnpicklingError):
+        return "its weights are a pickle of other things, of which nothing is run"
+    if "contains custom code" in str(error):
+        return "it needs code of its own, of which nothing is run"
+    return None
 
 
 def read_model_config(place: str | Path, revision: str | None = None, **changes: Any) -> PreTrainedConfig:
@@ -128,13 +141,19 @@ def _panics_as_errors() -> Iterator[None]:
         raise ValueError(f"the tokenizers library panicked: {first_line(error)}") from error
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many tokens a model has embeddings of."""
+    rows: int = cast(Any, model.get_input_embeddings()).weight.shape[0]
+    return rows
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer of whose special tokens, which stand in every batch, the model has no embeddings.
 
     Raises:
         CheckpointError: one is beyond them.
     """
-    rows = cast(Any, model.get_input_embeddings()).weight.shape[0]
+    rows = embedding_rows(model)
     highest = max(tokenizer.all_special_ids, default=0)
     if highest >= rows:
         raise CheckpointError(
@@ -225,14 +244,29 @@ def _config_or_none(place: str | Path, revision: str | None) -> PreTrainedConfig
 
 def _check_files(folder: Path, within: bool = False) -> None:
     """Refuse a folder with a device or a pipe in it, from which reading might never end, and adapters that run code."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATE_DIR}/*")]):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CheckpointError(f"{str(path)!r} is no file: give a folder of files")
+    for path in sorted(folder.glob("*.index.json")):
+        _check_index(path)
     if (folder / ADAPTER_FILE).exists():  # which transformers would follow to the model below
         base = str(read_adapter_config(folder).base_model_name_or_path or "")
         if base and not within and Path(base).is_dir() and Path(base).resolve() != folder.resolve():
             _check_files(Path(base), within=True)
             check_config(AutoConfig.from_pretrained(base, **GIVEN), base)
+
+
+def _check_index(path: Path) -> None:
+    """Refuse an index that says of weights that they are elsewhere than beside it."""
+    remedy = "put back the file that was written"
+    places = read_object(path, remedy).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{str(path)!r} cannot be used (it has no weight_map): {remedy}")
+    for place in places.values():
+        if not isinstance(place, str) or place in ("", ".", "..") or "/" in place or "\\" in place:
+            raise CheckpointError(
+                f"{str(path)!r} cannot be used (it leads to {str(place)[:60]!r}, which is no file beside it): {remedy}"
+            )
 
 
 def _check_exact(folder: Path) -> None:

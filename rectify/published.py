@@ -101,6 +101,9 @@ def _check_shapes(weights: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]
                 f"its weights {name!r} are of shape {tuple(weights[name].shape)}, and by its config.json of {shape}: "
                 "is it complete?"
             )
+        if not weights[name].is_floating_point():
+            kind = weights[name].dtype
+            raise CheckpointError(f"its weights {name!r} are of type {kind}, not of floats: is it complete?")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rectify.errors import CheckpointError, first_line
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOAT4 = {getattr(torch, "float4_e2m1fn_x2", None)}  # two in a byte, and none that is not finite
 
 
 def read_weights(
@@ -108,8 +109,10 @@ def fill(module: nn.Module, path: Path) -> None:
 
 def all_finite(weight: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinities; of what is not here, or is no float, nothing is said."""
-    if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+    if weight.is_meta or not weight.is_floating_point() or not weight.numel() or weight.dtype in _FLOAT4:
         return True
+    if weight.element_size() == 1:  # float8, of which torch tells neither least nor greatest
+        weight = weight.bfloat16()
     low, high = weight.detach().aminmax()  # in one pass, without a copy; NaN comes through
     return bool(low.isfinite() & high.isfinite())
 

@@ -1,10 +1,13 @@
 """The console command and its verbs."""
 
+import os
 import runpy
+import subprocess
 import sys
 
 import pytest
 
+import rectify
 from rectify.cli import VERBS, main
 
 
@@ -13,6 +16,21 @@ def test_usage_names_the_verbs(capsys, flags):
     assert main(flags) == 0
     out = capsys.readouterr().out
     assert all(verb in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--version"], ["train", "--help"]])
+def test_whoever_reads_the_help_may_stop_reading(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-u", "-m", "rectify", *arguments]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rectify {rectify.__version__}\n"
 
 
 def test_an_unknown_verb_is_refused_in_one_line(capsys):

@@ -23,6 +23,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 import generate
 import rectify
 from rectify import DeadEndQNetwork
+from rectify.adapter_config import read_adapter_config
 from rectify.adapters import save_adapter
 from rectify.cli import main
 from rectify.detectors import AdapterBlend, GatedDetector, ToxicityClassifier, load_detector
@@ -42,6 +43,7 @@ from rectify.published import import_published
 from rectify.q_network import QConfig
 from rectify.rephrasing.sentences import Sentence
 from rectify.rephrasing.substitutions import Substitutions, SubstitutionsConfig
+from rectify.saved_weights import all_finite
 from rectify.scoring.cascade import CascadeConfig, CascadeScorer
 from rectify.scoring.load import allow_flag, load_scorer
 from rectify.scoring.pocket import PocketScorer, ScorerConfig
@@ -684,6 +686,74 @@ def test_a_pipe_beside_the_weights_is_not_read(damaged):
     folder = damaged("detector")
     os.mkfifo(folder / "notes.txt")
     refused(load_scorer, f"detector:{folder}")
+
+
+def sharded(folder, place):
+    """The folder with an index, by which its weights are in another place."""
+    weights = folder / "model.safetensors"
+    names = list(load_file(weights))
+    weights.rename(folder / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, place)})
+    )
+    return folder
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "../x.safetensors", "..", "", "a\\b", None, 5, []])
+@pytest.mark.parametrize("kind", ["model", "hf"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(damaged, kind, place):
+    assert "index.json" in refused(LOADERS[kind], sharded(damaged(kind), place))
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": {}}', "[" * 100_000, '{"weight_map": []}'])
+def test_an_index_that_is_none_is_refused(damaged, text):
+    folder = sharded(damaged("model"), "part.safetensors")
+    load_language_model(str(folder))
+    (folder / "model.safetensors.index.json").write_text(text)
+    refused(load_language_model, str(folder))
+
+
+def test_a_pipe_among_chat_templates_is_not_read(damaged):
+    folder = damaged("model")
+    (folder / "additional_chat_templates").mkdir()
+    os.mkfifo(folder / "additional_chat_templates" / "other.jinja")
+    assert "is no file" in refused(load_language_model, str(folder))
+
+
+def test_nobody_is_told_to_run_what_comes_with_weights(damaged):
+    folder = damaged("model")
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Fingerprint}, folder / "pytorch_model.bin")
+    assert "of which nothing is run" in refused(load_language_model, str(folder))
+    change(folder / "config.json", model_type="other", auto_map={"AutoConfig": "other.Config"})
+    assert "of which nothing is run" in refused(load_language_model, str(folder))
+
+
+def test_published_weights_that_are_no_floats_are_refused(damaged):
+    folder = damaged("published")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight.to(torch.int8) for name, weight in weights.items()}, folder / "model.safetensors")
+    assert "int8" in refused(import_published, folder)
+
+
+def test_a_padding_token_without_an_embedding_is_not_used(damaged):
+    folder = damaged("model")
+    change(folder / "tokenizer_config.json", pad_token="[ADDED LATER]")
+    model, tokenizer = load_language_model(str(folder))
+    assert tokenizer.pad_token == tokenizer.eos_token
+    model(**tokenizer(["t5", "t5 t6"], return_tensors="pt", padding=True))
+
+
+def test_how_an_adapter_began_is_no_fault(good, damaged, tmp_path):
+    write_adapter(good / "model", tmp_path / "adapter")
+    change(tmp_path / "adapter" / "adapter_config.json", init_lora_weights="eva", eva_config={"rho": 2.0}, unheard_of=1)
+    read_adapter_config(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16])
+def test_weights_of_every_float_type_are_told_finite(dtype):
+    assert all_finite(torch.ones(2).to(dtype))
+    assert not all_finite(torch.tensor([1, float("nan")]).to(dtype))
 
 
 def test_a_tokenizer_of_more_tokens_than_its_model_is_refused(damaged):

@@ -608,7 +608,11 @@ def test_the_command_serves_until_it_is_stopped(monkeypatch, capsys):
     assert f"http://127.0.0.1:{seen['port']}/" in capsys.readouterr().err
     assert not seen["config"].access_log
     assert serve_command.main(["--host", "0.0.0.0", "--port", "0"]) == 0
-    assert "anyone" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "anyone" not in said
+    assert "--public_url" in said
+    assert serve_command.main(["--host", "0.0.0.0", "--port", "0", "--public_url", "http://rectify:8000"]) == 0
+    assert "--public_url" not in capsys.readouterr().err
     monkeypatch.delenv(serve_command.KEYS_VARIABLE)
     assert serve_command.main(["--host", "0.0.0.0", "--port", "0"]) == 0
     assert "anyone who reaches 0.0.0.0 may call it" in capsys.readouterr().err

@@ -281,6 +281,15 @@ def test_a_refusal_reaches_a_client_that_is_still_sending(server):
             assert connection.recv(12) == b"HTTP/1.1 404"
 
 
+def test_a_body_of_two_lengths_is_refused_and_nothing_after_it_is_read(server):
+    chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(CALL), CALL)
+    lines = head("POST", ANALYZE_PATH, "Transfer-Encoding: chunked", "Content-Length: 3")
+    with connect(server, lines + chunked + head("GET", "/healthz")) as connection:
+        found = answer(connection)
+    assert found.startswith(b"HTTP/1.1 400")
+    assert found.count(b"HTTP/1.1 ") == 1
+
+
 def test_a_client_that_waits_for_leave_to_send_gets_an_answer_and_no_second_request(server):
     with connect(server, head("POST", "/none", "Content-Length: 5", "Expect: 100-continue")) as connection:
         found = answer(connection)

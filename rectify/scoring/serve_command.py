@@ -105,8 +105,11 @@ def run(arguments: argparse.Namespace) -> None:
         )
         host, port = listening.getsockname()[:2]
         say(f"{scorer.name} ({scorer.revision}) serves at http://{f'[{host}]' if ':' in host else host}:{port}/")
-        if not keys and not ipaddress.ip_address(host).is_loopback:
-            say(f"anyone who reaches {host} may call it: give --api_key, or --host 127.0.0.1")
+        if not ipaddress.ip_address(host).is_loopback:
+            if not keys:
+                say(f"anyone who reaches {host} may call it: give --api_key, or --host 127.0.0.1")
+            if arguments.public_url is None:
+                say("the discovery document names an address of this machine: behind a mapped port give --public_url")
         # what is there now stays: collecting garbage, and so every request, need not go through it again and again
         gc.freeze()
         sys.setswitchinterval(_SWITCH_SECONDS)  # the event loop waits that long for each thread that computes

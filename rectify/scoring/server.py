@@ -32,7 +32,7 @@ from rectify.scoring.public_address import check_origin, check_public_url, own_u
 from rectify.scoring.scores import Scorer, check_attributes
 from rectify.scoring.service import MAX_BODY, Reply, Service
 from rectify.scoring.wire import ANALYZE_PATH, SUGGEST_PATH
-from rectify.scoring.wire_errors import internal_error, method_error, path_error, unavailable_error
+from rectify.scoring.wire_errors import internal_error, method_error, path_error, two_lengths_error, unavailable_error
 
 __all__ = ["GONE", "MAX_BATCH_BODY", "MAX_BODY", "TASK", "make_app"]
 
@@ -162,7 +162,8 @@ class _Guard:
             return
         scope[TASK] = asyncio.current_task()
         names = {name for name, _ in scope["headers"]}
-        coming = bool(names & {b"content-length", b"transfer-encoding"})
+        lengths = names & {b"content-length", b"transfer-encoding"}
+        coming = bool(lengths)
         # a client that waits for leave to send its body, and gets an answer instead, may yet send it: as a next request
         waiting = b"expect" in names
         answered = False
@@ -190,7 +191,10 @@ class _Guard:
             await send(message)
 
         try:
-            await self.app(scope, hear, tell)
+            if len(lengths) > 1:  # a proxy on the way may have taken the other, and what follows for another request
+                await _response(Reply.of_error(two_lengths_error()))(scope, hear, tell)
+            else:
+                await self.app(scope, hear, tell)
         except asyncio.CancelledError:  # the server ends, or the client has gone
             if scope.get(GONE):
                 return

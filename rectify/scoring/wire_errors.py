@@ -209,6 +209,12 @@ def malformed_error() -> WireError:
     return WireError("Invalid HTTP request received.")
 
 
+def two_lengths_error() -> WireError:
+    """A request says twice, and in two ways, where its body ends."""
+    message = "Content-Length and Transfer-Encoding exclude each other: send one."
+    return WireError(message, headers={"Connection": "close"})
+
+
 def size_error(limit: int) -> WireError:
     """The body has more bytes than the limit."""
     return WireError(f"Request payload size exceeds the limit: {limit} bytes.", None, 413)
