@@ -6,6 +6,7 @@ import shlex
 from typing import TypeVar
 
 from rectify.errors import RectifyError
+from rectify.hub import POCKET, checkpoint_folder
 
 Error = TypeVar("Error", bound=RectifyError)
 
@@ -19,7 +20,7 @@ def q_network_advice(model: str) -> str:
     Args:
         model: its folder or Hub id, as the commands take it.
     """
-    model = shlex.quote(model)
+    model = shlex.quote(next((name for name in POCKET if str(checkpoint_folder(name)) == model), model))
     commands = (
         f"rectify build trajectories --model {model} --texts TEXTS.jsonl --reward_model pocket-reward "
         "--output_dir data",

@@ -128,7 +128,7 @@ def check_base(
     if recorded is None:
         logger.warning(
             "%s: it records no digest of the weights of %r that it was trained on, so any are taken; "
-            "`python -m rectify.record_base` records those that are there",
+            "`python -m rectify.record_base FOLDER` records those that are there",
             what,
             name,
         )

@@ -21,6 +21,7 @@ from rectify import (
 )
 from rectify.cli import main as console
 from rectify.evaluation.teacher_forcing import forced_nll, ruled_nll
+from rectify.first_aid import q_network_advice
 from rectify.generation.command import main as generate
 from rectify.generation.command import make_parser
 from rectify.methods.specs import parse_method
@@ -45,6 +46,7 @@ def test_a_foreign_vocabulary_is_refused_with_what_to_do(make_model, make_q_netw
     with pytest.raises(VocabularyMismatchError, match="98 tokens, not 97") as by_tokenizer:
         RectificationProcessor(make_q_network(tokenizer=make_tokenizer()), tokenizer=other)
     model = make_model(vocab_size=104)
+    assert "--model pocket " in q_network_advice(load_language_model("pocket")[0].name_or_path)
     model.name_or_path = "it's/mine"
     with pytest.raises(VocabularyMismatchError, match="104 tokens") as by_width:
         RectificationProcessor(make_q_network(), model=model)
