@@ -20,7 +20,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-import generate
 import rectify
 from rectify import DeadEndQNetwork
 from rectify.adapter_config import read_adapter_config
@@ -35,6 +34,7 @@ from rectify.detectors.moderation import ModerationConfig, QAModeration
 from rectify.detectors.spans import SpanConfig, SpanDetector
 from rectify.detectors.templates import TEMPLATES
 from rectify.errors import CheckpointError, RectifyError
+from rectify.generation import command as generate
 from rectify.hub import load_language_model
 from rectify.methods.expert_pair import ExpertsConfig, load_experts
 from rectify.methods.self_detoxifier import DetoxifierConfig, load_detoxifier
