@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # of glibc's malloc.h
+_ARENAS = 2  # each thread would have one of its own, and keep the most that it ever held
 _LARGE = 2**22  # bytes; a batch of short texts takes less
 
 
@@ -33,8 +34,13 @@ def memory_given_back(seconds: float = 10.0) -> Iterator[None]:
 
 
 def _set_large_apart() -> None:
-    """Let large blocks come from the system and go back to it one by one, from where they cannot split what remains."""
-    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
+    """Let large blocks come from the system and go back to it one by one, from where they cannot split what remains.
+
+    And let threads share what the small ones come from.
+    """
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_MMAP_THRESHOLD, _LARGE)
+    mallopt(_ARENA_MAX, _ARENAS)
 
 
 def _trim() -> Callable[[int], int] | None:
