@@ -14,6 +14,7 @@ from rectify.errors import CacheError, InvalidArgumentError
 
 BUSY_TIMEOUT_S = 30.0
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+_UNFINISHED = {sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_READONLY_RECOVERY, sqlite3.SQLITE_READONLY_CANTINIT}
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
@@ -65,8 +66,7 @@ class SqliteFile:
             try:
                 if self.path.exists() and self.path.stat().st_size:
                     # read-only, so that a file that is refused stays as it is
-                    with closing(self._connect("ro")) as connection:
-                        self._check(connection)
+                    self._read("ro")
                 connection = self._connect("rwc")
                 try:
                     self._make_tables(connection)
@@ -79,6 +79,16 @@ class SqliteFile:
                 if error.sqlite_errorcode & 0xFF not in _BUSY or time.monotonic() > deadline:
                     raise
                 time.sleep(0.02)
+
+    def _read(self, mode: str) -> None:
+        try:
+            with closing(self._connect(mode)) as connection:
+                self._check(connection)
+        except sqlite3.OperationalError as error:
+            # a process that was killed has left half a transaction, which only a writer may take back
+            if mode != "ro" or error.sqlite_errorcode not in _UNFINISHED:
+                raise
+            self._read("rw")
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         return sqlite3.connect(

@@ -1,6 +1,8 @@
 """The cache of scores: what it keeps and what not, broken files, and several processes and threads at once."""
 
 import multiprocessing
+import os
+import signal
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -234,6 +236,32 @@ def fill(path, start):
     with ScoreCache(path) as cache:
         cached = CachedScorer(StreamingCounter(), cache)
         cached.score([f"text {i % 300}" for i in range(start, start + 150)], TWO)
+
+
+def leave_half_a_transaction(path):
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA journal_mode = DELETE")
+    connection.execute("PRAGMA cache_size = 1")  # so that pages are written before the end
+    connection.execute("BEGIN")
+    connection.execute("CREATE TABLE half (text TEXT)")
+    connection.executemany("INSERT INTO half VALUES (?)", [["x" * 1000]] * 200)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_process_left_half_written_is_taken_back(tmp_path):
+    path = tmp_path / "cache.sqlite"
+    with ScoreCache(path) as cache:
+        CachedScorer(CountingScorer(), cache).score(["one"])
+    process = multiprocessing.get_context("spawn").Process(target=leave_half_a_transaction, args=(path,))
+    process.start()
+    process.join()
+    assert path.with_name("cache.sqlite-journal").stat().st_size
+    with ScoreCache(path) as cache:
+        counting = CountingScorer()
+        CachedScorer(counting, cache).score(["one", "two"])
+    assert counting.asked == ["two"]
+    with sqlite3.connect(path) as connection:
+        assert not connection.execute("SELECT name FROM sqlite_master WHERE name = 'half'").fetchall()
 
 
 def test_several_processes_fill_one_file(tmp_path):
