@@ -45,15 +45,6 @@ def read_rows(path: str | Path | TextFile) -> Iterator[tuple[str, Any]]:
         raise file.refusal("holds no text: give one JSON value, row or text a line")
 
 
-def json_lines(file: TextFile) -> Iterator[tuple[int, Any]]:
-    """Read the JSON values of a file, one a line, each with its line's number; blank lines are passed over.
-
-    Raises:
-        RectifyError: of the file's kind: it cannot be read, or a line is no JSON.
-    """
-    return _parsed(file, file.lines())
-
-
 def parse_line(line: str) -> Any:
     """Return the JSON value of a line that is not blank.
 

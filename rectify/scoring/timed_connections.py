@@ -70,14 +70,8 @@ class _Timed(HTTPConnection):
             return super().getresponse()
 
 
-class _TimedSecure(HTTPSConnection):
-    def connect(self) -> None:
-        with _in_time(self):
-            super().connect()
-
-    def getresponse(self) -> Any:
-        with _in_time(self):
-            return super().getresponse()
+class _TimedSecure(_Timed, HTTPSConnection):
+    pass
 
 
 class _Pool(HTTPConnectionPool):
